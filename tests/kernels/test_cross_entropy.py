@@ -1,0 +1,62 @@
+"""The cross-entropy kernel against float64 arithmetic, under Triton's interpreter and natively on CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from kernels.dispatch import runs_on_triton, triton_is_there
+
+GRADIENT_TOLERANCE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 6e-4}
+
+
+def differences(device: str, **environment: str) -> dict[str, object]:
+    """What tests/kernels/interpreted_cross_entropy.py prints; kernels choose their mode when they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_cross_entropy", device],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_close(report: dict[str, object]) -> None:
+    assert len(report["cases"]) == 60
+    for name, case in report["cases"].items():
+        dtype = name.split()[1]
+        assert case["kernel"], name
+        assert case["reference"] < 2e-4, name
+        assert case["loss"] < 2e-4, name  # float32 sums of logits up to ±130
+        assert case["gradient"] < GRADIENT_TOLERANCE[dtype], name
+
+
+@pytest.mark.skipif(not triton_is_there(), reason="Triton is not installed")
+def test_the_interpreted_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
+    report = differences("cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert_close(report)
+    assert report["reuse_is_refused"]  # the gradient has overwritten the logits: a second backward must not be silent
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_native_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
+    report = differences("cuda")
+    assert_close(report)
+    assert report["reuse_is_refused"]
+
+
+def test_on_cpu_without_the_interpreter_the_reference_computes() -> None:
+    logits = torch.randn(4, 9)
+    targets = torch.tensor([0, 8, -100, 3])
+    assert not runs_on_triton(logits)
+    torch.testing.assert_close(cross_entropy(logits, targets), cross_entropy_reference(logits, targets))
+    assert cross_entropy(logits, targets)[2] == 0
