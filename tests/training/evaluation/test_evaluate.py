@@ -1,0 +1,142 @@
+"""Exact match, results and comparisons."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import InvalidInput
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+from training.data.example import Example, fingerprint
+from training.data.prompting import PromptFormat
+from training.evaluation.evaluate import evaluate
+from training.evaluation.result import EvaluationResult, compare
+
+TOKENIZER = tiny_tokenizer()
+QUESTIONS = [Example(f"{a} + {b}", str(a + b)) for a in range(4) for b in range(3)]
+
+
+def memorising(examples: list[Example], form: PromptFormat, steps: int = 150) -> Any:
+    """A tiny Llama taught these examples by plain gradient descent."""
+    model = tiny_llama().train()
+    texts = [form.training_text(example) for example in examples]
+    rows = []
+    for prompt, completion in texts:
+        before, after = (form.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
+        rows.append((before + after, [-100] * len(before) + after))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_model_that_learnt_the_answers_gets_them_right_and_others_wrong() -> None:
+    form = PromptFormat(TOKENIZER)
+    model = memorising(QUESTIONS, form)
+    wrong = [Example(example.prompt, f"{example.completion}0") for example in QUESTIONS[:4]]
+    result = evaluate(model, form.tokenizer, [*QUESTIONS, *wrong], metric="exact_match", prompt_format=form)
+    assert result.outcomes == (1,) * 12 + (0,) * 4
+    assert result.answers == tuple(example.completion for example in [*QUESTIONS, *QUESTIONS[:4]])
+    assert result.value == 0.75
+    assert result.samples == 16
+    assert result.stderr == pytest.approx((0.75 * 0.25 / 16) ** 0.5)
+    assert result.dataset_fingerprint == fingerprint([*QUESTIONS, *wrong])
+    assert result.low < 0.75 < result.high
+
+
+def test_an_answer_that_runs_on_is_not_the_completion() -> None:
+    """The default length leaves room to see that the model does not stop where it should."""
+    form = PromptFormat(TOKENIZER)
+    taught = [Example(example.prompt, f"{example.completion} apples") for example in QUESTIONS]
+    result = evaluate(memorising(taught, form), form.tokenizer, QUESTIONS, metric="exact_match", prompt_format=form)
+    assert result.value == 0.0
+    assert all(answer != example.completion for answer, example in zip(result.answers, QUESTIONS, strict=True))
+
+
+def test_a_result_survives_json_and_shows_what_matters() -> None:
+    result = evaluate(tiny_llama(), TOKENIZER, QUESTIONS, metric="exact_match", prompt_format=PromptFormat(TOKENIZER))
+    assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
+    assert repr(result).startswith("EvaluationResult(exact_match 0.0 % [0.0–24.2], 12 samples")
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="no examples"):
+        evaluate(tiny_llama(), TOKENIZER, [], metric="exact_match", prompt_format=PromptFormat(TOKENIZER))
+
+
+def result(outcomes: list[int], data: str = "d1", metric: str = "exact_match") -> EvaluationResult:
+    value = sum(outcomes) / len(outcomes)
+    return EvaluationResult.model_validate(
+        {
+            "metric": metric,
+            "value": value,
+            "low": 0.0,
+            "high": 1.0,
+            "stderr": 0.0,
+            "samples": len(outcomes),
+            "outcomes": outcomes,
+            "seconds": 0.0,
+            "dataset_fingerprint": data,
+        }
+    )
+
+
+def test_a_comparison_counts_what_one_of_the_two_gets_right() -> None:
+    a, b = result([1, 1, 1, 0, 0, 1, 1, 1]), result([1, 0, 0, 1, 0, 0, 0, 0])
+    paired = compare(a, b)
+    assert (paired.only_a, paired.only_b) == (5, 1)
+    assert paired.difference == pytest.approx(a.value - b.value)
+    assert paired.p_value == pytest.approx(2 * (1 + 6) / 64)
+    assert paired.low is not None
+    assert paired.high is not None
+    assert paired.low < paired.difference < paired.high
+
+
+def test_a_comparison_of_a_result_with_itself_sees_nothing() -> None:
+    paired = compare(result([1, 0, 1]), result([1, 0, 1]))
+    assert (paired.difference, paired.p_value) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (result([1, 0], data="d2"), "different examples"),
+        (result([1, 0], metric="multiple_choice"), "cannot be compared"),
+    ],
+)
+def test_results_that_do_not_belong_together_are_not_compared(other: EvaluationResult, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        compare(result([1, 0]), other)
+
+
+def perplexity(losses: list[float], tokens: list[int]) -> EvaluationResult:
+    return EvaluationResult(
+        metric="perplexity",
+        value=float(torch.tensor(sum(losses) / sum(tokens)).exp()),
+        low=0.0,
+        high=9.0,
+        stderr=0.0,
+        samples=len(losses),
+        losses=tuple(losses),
+        tokens=tuple(tokens),
+        seconds=0.0,
+        dataset_fingerprint="d1",
+    )
+
+
+def test_perplexities_are_compared_example_by_example() -> None:
+    better, worse = [1.0 + n / 10 for n in range(12)], [1.5 + n / 10 for n in range(12)]
+    paired = compare(perplexity(better, [2] * 12), perplexity(worse, [2] * 12))
+    assert paired.difference < 0
+    assert (paired.only_a, paired.only_b) == (12, 0)
+    assert paired.p_value < 0.01
+
+
+def test_perplexities_in_different_tokens_are_not_compared() -> None:
+    with pytest.raises(InvalidInput, match="different tokens"):
+        compare(perplexity([1.0, 2.0], [2, 2]), perplexity([1.0, 2.0], [2, 3]))

@@ -1,0 +1,69 @@
+"""One tiny model of each architecture, and a batch that it reads. A new backbone is one line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests import tiny_models
+from training.methods.contract import Adapted
+
+ROWS, LENGTH = 2, 7
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How to make a model, always with the same weights, and what to feed it."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Tensor]]
+
+
+def _tokens() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (ROWS, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0  # one row is padded on the left
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _two_sequences() -> dict[str, Tensor]:
+    return _tokens() | {"decoder_input_ids": _tokens()["input_ids"][:, :5]}
+
+
+def _image() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+BACKBONES = {
+    "llama": Backbone(tiny_models.tiny_llama, _tokens),
+    "gpt2": Backbone(tiny_models.tiny_gpt2, _tokens),
+    "gemma3_text": Backbone(tiny_models.tiny_gemma3, _tokens),
+    "bert": Backbone(tiny_models.tiny_bert, _tokens),
+    "t5": Backbone(tiny_models.tiny_t5, _two_sequences),
+    "vit": Backbone(tiny_models.tiny_vit, _image),
+}
+
+
+def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The model's logits, without gradient: a frozen base takes another numerical path when it builds a graph."""
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Some loss in which every logit counts."""
+    values = model(**batch).logits.float()
+    return (values * torch.linspace(-1, 1, values.numel()).view(values.shape)).sum() / values.shape[-1]
+
+
+def train(adapted: Adapted, batch: dict[str, Any], steps: int = 2, rate: float = 0.02) -> None:
+    """A few steps of Adam, large enough to see."""
+    optimiser = torch.optim.Adam(adapted.trainable().values(), lr=rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(adapted.model, batch).backward()
+        optimiser.step()
+    optimiser.zero_grad()

@@ -1,0 +1,30 @@
+"""The unit of data everywhere: a prompt and the completion that is wanted."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One supervised example.
+
+    Args:
+        prompt: what the model is given.
+        completion: what it should answer, without leading space or end-of-text mark.
+        choices: for multiple choice, the candidate completions, `completion` among them.
+    """
+
+    prompt: str
+    completion: str
+    choices: tuple[str, ...] = ()
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 over the examples' content in order, so that two runs can be shown to have seen the same data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.completion, example.choices]).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

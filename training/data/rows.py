@@ -1,0 +1,107 @@
+"""From a row of a file to an example."""
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infra.documents import did_you_mean
+from infra.errors import InvalidInput
+from training.data.conversations import last_exchange
+from training.data.example import Example
+from training.data.files import Row
+
+logger = logging.getLogger(__name__)
+
+
+class Columns(BaseModel):
+    """Where a row keeps what: in a prompt and a completion column, or as a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    choices: str | None = Field(None, description="Candidate completions: a list, or a JSON list in CSV.")
+    messages: str | None = Field(
+        None, description="Chat turns ({role, content} objects). The last assistant turn is the completion."
+    )
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> "Columns":
+        if self.messages and (self.prompt, self.completion, self.choices) != ("prompt", "completion", None):
+            raise ValueError("give messages, or prompt, completion and choices, not both")
+        return self
+
+
+def to_examples(rows: Iterable[Row], columns: Columns, on_empty: Literal["error", "skip"]) -> list[Example]:
+    """The rows as examples. Completions lose the white space around them, prompts keep theirs.
+
+    Raises:
+        InvalidInput: a row without the columns, with an empty prompt or completion (unless those are skipped), with
+            something else than text, or whose completion is not among its choices.
+    """
+    examples: list[Example] = []
+    skipped: list[str] = []
+    for place, row in rows:
+        example = _from_messages(place, row, columns.messages) if columns.messages else _example(place, row, columns)
+        empty = "prompt" if not example.prompt.strip() else "completion" if not example.completion else None
+        if empty and on_empty == "error":
+            raise InvalidInput(f"{place}: {empty} is empty.", "Fill it in, or set data.on_empty to skip.")
+        if empty:
+            skipped.append(place)
+            continue
+        if example.choices and example.completion not in example.choices:
+            raise InvalidInput(
+                f"{place}: the completion {example.completion!r} is not among the choices {list(example.choices)}.",
+                "Write one of the choices, as text, into the completion.",
+            )
+        examples.append(example)
+    if skipped:
+        logger.warning("Skipped %d empty rows, the first at %s", len(skipped), skipped[0])
+    return examples
+
+
+def _example(place: str, row: dict[str, Any], columns: Columns) -> Example:
+    prompt = _text(place, columns.prompt, _value(place, row, "prompt", columns.prompt))
+    completion = _text(place, columns.completion, _value(place, row, "completion", columns.completion)).strip()
+    if columns.choices is None:
+        return Example(prompt, completion)
+    choices = _value(place, row, "choices", columns.choices)
+    if isinstance(choices, str):
+        try:
+            choices = json.loads(choices)
+        except json.JSONDecodeError:
+            choices = None
+    if not isinstance(choices, list) or not choices:
+        raise InvalidInput(f"{place}: {columns.choices} is not a list.", 'Write it as ["Yes", "No"].')
+    return Example(prompt, completion, tuple(_text(place, columns.choices, choice).strip() for choice in choices))
+
+
+def _from_messages(place: str, row: dict[str, Any], column: str) -> Example:
+    messages = _value(place, row, "messages", column)
+    prompt, completion = last_exchange(place, messages)
+    return Example(_text(place, column, prompt), _text(place, column, completion).strip())
+
+
+def _value(place: str, row: dict[str, Any], key: str, column: str) -> Any:
+    if column not in row:
+        raise InvalidInput(
+            f"{place} has no column '{column}'. {did_you_mean(column, list(row))}",
+            f"It has: {', '.join(row) or 'nothing'}. Name the column with data.columns.{key}.",
+        )
+    return row[column]
+
+
+def _text(place: str, column: str, value: Any) -> str:
+    """Text; whole numbers are written out, None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise InvalidInput(f"{place}: {column} is {type(value).__name__}, not text.", "Write it as a string.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidInput(f"{place}: {column} holds half of a surrogate pair.", "Write the text as UTF-8.")
+    return value

@@ -1,0 +1,131 @@
+"""How sure a measurement is, and whether two of them differ. Closed forms, and resampling with explicit seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+CONFIDENCE = 0.95  # of every interval
+
+
+def wilson_interval(right: int, samples: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927): sound at 0 % and 100 %, where ± stderr says ± 0.
+
+    With p = right / n and z the normal quantile: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
+
+    Args:
+        right: successes, 0 ≤ right ≤ samples.
+        samples: trials, at least 1.
+    """
+    z, p, n = _quantile(), right / samples, samples
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    return (0.0 if right == 0 else low), (1.0 if right == samples else high)  # exact where rounding would not be
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of the exact McNemar test: are the two disagreements equally likely?
+
+    Args:
+        only_a: items that a alone gets right.
+        only_b: items that b alone gets right.
+    """
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def paired_difference_interval(only_a: int, only_b: int, samples: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired proportions, a − b.
+
+    The adjusted Wald interval of Bonett and Price (2012): p̃₁ = (only_a + 1)/(n + 2), p̃₂ = (only_b + 1)/(n + 2),
+    p̃₁ − p̃₂ ± z √((p̃₁ + p̃₂ − (p̃₁ − p̃₂)²)/(n + 2)).
+    """
+    p1, p2 = (only_a + 1) / (samples + 2), (only_b + 1) / (samples + 2)
+    half = _quantile() * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (samples + 2))
+    return max(-1.0, p1 - p2 - half), min(1.0, p1 - p2 + half)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Two models on the same items: `difference` is accuracy of a − accuracy of b, with its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    only_a: int
+    only_b: int
+
+
+def paired_test(a: Sequence[int], b: Sequence[int]) -> PairedTest:
+    """Compare the outcomes (1 right, 0 wrong) of two models, item by item: exact McNemar test.
+
+    Raises:
+        ValueError: not the same number of items.
+    """
+    only_a = sum(x > y for x, y in zip(a, b, strict=True))
+    only_b = sum(x < y for x, y in zip(a, b, strict=True))
+    low, high = paired_difference_interval(only_a, only_b, len(a))
+    return PairedTest((only_a - only_b) / len(a), low, high, mcnemar(only_a, only_b), only_a, only_b)
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """A statistic over bootstrap resamples: 95 % percentile interval and standard deviation."""
+
+    low: float
+    high: float
+    stderr: float
+
+
+def perplexity(loss: float, tokens: float) -> float:
+    """exp(loss / tokens); of a hopeless model a huge number, not infinity."""
+    return math.exp(min(loss / tokens, 700.0))  # e^709 is the largest double
+
+
+def bootstrap_perplexity(losses: Sequence[float], tokens: Sequence[int], seed: int, resamples: int = 2000) -> Resampled:
+    """Percentile bootstrap (Efron 1979) of exp(Σ losses / Σ tokens) over examples.
+
+    Args:
+        losses: negative log-likelihood of each example, in nats.
+        tokens: how many tokens each is the sum over.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    loss, count = np.asarray(losses, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    values = np.empty(resamples)
+    for i in range(resamples):
+        chosen = generator.integers(0, len(loss), len(loss))
+        values[i] = perplexity(loss[chosen].sum(), count[chosen].sum())
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Resampled(float(low), float(high), float(values.std(ddof=1)))
+
+
+def sign_flip_test(differences: Sequence[float], seed: int, resamples: int = 9999) -> float:
+    """Two-sided p-value of the paired permutation test (Fisher 1935): is the mean difference zero?
+
+    Under the hypothesis each difference might as well have had the other sign. The observed signs count as one of the
+    permutations, so the value is never 0.
+
+    Args:
+        differences: a − b for each item.
+        seed: of the signs.
+        resamples: how many assignments of signs are drawn.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    observed = abs(d.sum())
+    extreme = 0
+    for _ in range(resamples):
+        signs = generator.integers(0, 2, len(d)) * 2 - 1
+        extreme += bool(abs((signs * d).sum()) >= observed - 1e-12 * abs(d).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+def _quantile() -> float:
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2)

@@ -1,0 +1,273 @@
+"""The method contract: what every adapter method of the catalogue is, whatever its paper, modality or backbone.
+
+A *method* attaches something trainable to a frozen model. What comes back, `Adapted`, is called like the model itself,
+knows its own tensors, and can be stored, restored, switched off and, where the mathematics allows it, merged.
+Nothing here says "token" or "causal": what is optimised is an `Objective`, a separate thing.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from infra.errors import CorruptArtifact, NotMergeable
+
+Batch = Mapping[str, Tensor]
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class MethodConfig(BaseModel):
+    """Hyper-parameters of a method, with the paper's defaults. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Config = TypeVar("Config", bound=MethodConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodCard:
+    """What the catalogue says of a method.
+
+    Args:
+        title: one line, what it does.
+        family: class and sub-class of the PEFT survey (arXiv 2403.14608), e.g. "reparameterised / low rank".
+        paper: title and arXiv number or venue.
+        parameters: the number of trainable parameters as a formula.
+        backbones: model types on which it is contract-tested ("llama", "gpt2", "bert", "t5", "vit", …).
+        modality: what the backbones read.
+        merge: whether the adapter folds into the base weights, and how exactly.
+        identity_at_init: a fresh adapter leaves the model's outputs as they are.
+        needs_calibration: `AttachContext.calibration` must be given.
+        changes_base: trains the base's own parameters instead of adding some.
+        checkpointing: trains under activation (gradient) checkpointing.
+    """
+
+    title: str
+    family: str
+    paper: str
+    parameters: str
+    backbones: tuple[str, ...]
+    modality: tuple[str, ...] = ("language",)
+    merge: Literal["exact", "approximate", "no"] = "exact"
+    identity_at_init: bool = True
+    needs_calibration: bool = False
+    changes_base: bool = False
+    checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class AttachContext:
+    """What some methods need beside the model.
+
+    Args:
+        seed: of everything random in the attachment.
+        processor: tokenizer or image processor of the base, where there is one.
+        calibration: draws calibration batches, lazily; None where none can be had.
+        tasks: names of the tasks trained together (routing methods).
+        total_steps: optimiser steps of the training to come (schedules inside a method).
+    """
+
+    seed: int = 0
+    processor: Any = None
+    calibration: Callable[[], Iterable[Batch]] | None = None
+    tasks: tuple[str, ...] = ()
+    total_steps: int | None = None
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh generator at this context's seed."""
+        return torch.Generator(device).manual_seed(self.seed)
+
+
+class Adapted(ABC):
+    """A model with an adapter on it.
+
+    Attributes:
+        model: called exactly like the base model, and answers in its shapes (a prompt's own positions are cut off);
+            training mode, device and dtype are set on it as on any module.
+        name: which adapter of the model this is; several may sit on one model, one is in force at a time.
+    """
+
+    model: nn.Module
+    name: str
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What gradient reaches, by name in `model`; nothing else may change in training."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Exactly what is stored, detached, under the names of the PEFT layout (no adapter name in the keys)."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Exact inverse of `tensors()`, in place.
+
+        Raises:
+            CorruptArtifact: a tensor is missing, unknown or of another shape; nothing was changed.
+        """
+
+    @abstractmethod
+    def adapter_config(self) -> dict[str, Any]:
+        """The content of adapter_config.json; whatever `Method.load` needs beside the tensors."""
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Put this adapter in force among those on the same model."""
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within it, `model` computes what the bare base computes."""
+
+    def merge(self) -> nn.Module:
+        """A plain model of the base's class with the adapter folded in; this one is left as it was.
+
+        Raises:
+            NotMergeable: the method's update is no change of weights.
+        """
+        raise NotMergeable(
+            f"{type(self).__name__} '{self.name}' cannot be merged: its update is not a change of the base's weights.",
+            "Serve it unmerged.",
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors (the PEFT layout) into `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
+        content = json.dumps(self.adapter_config(), indent=2, sort_keys=True)
+        (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
+
+    # What only some papers ask for. The trainer honours each.
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Trainer callbacks: layers that wake and sleep, indices that are dropped and regrown."""
+        return []
+
+    def extra_loss(self, outputs: Any, batch: Batch) -> Tensor | None:
+        """A regulariser to add to the objective (orthogonality, load balance)."""
+        del outputs, batch
+        return None
+
+    def transform_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prepare a batch (prompt methods, task ids for routing)."""
+        return batch
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
+        """The method's own optimiser, or None for AdamW on `trainable()`."""
+        del learning_rate, weight_decay
+        return None
+
+
+class Method(ABC, Generic[Config]):
+    """One entry of the catalogue."""
+
+    name: ClassVar[str]
+    card: ClassVar[MethodCard]
+    config_type: type[Config]
+    peft_type: ClassVar[str]  # what adapter_config.json calls it: peft's own word where peft has one
+
+    @abstractmethod
+    def attach(self, model: nn.Module, config: Config, context: AttachContext, name: str = "default") -> Adapted:
+        """Put a fresh adapter on `model` and activate it.
+
+        Args:
+            model: a bare model, or the `Adapted.model` of others of the same method under other names.
+            config: the hyper-parameters.
+            context: seed, tokenizer and whatever else some papers need.
+            name: of the adapter on this model.
+
+        Raises:
+            InvalidInput: the model has nothing that the method can adapt, or carries another method's adapter.
+            Conflict: the name is taken.
+        """
+
+    @abstractmethod
+    def load(self, model: nn.Module, directory: Path, name: str = "default") -> Adapted:
+        """Put the adapter stored in `directory` on `model` and activate it: exact inverse of `Adapted.save`.
+
+        Raises:
+            CorruptArtifact: the directory does not hold what the method stores, or does not fit the model, which is
+                then left as it was.
+        """
+
+    def recognises(self, adapter_config: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json is of this method; asked where no regraft.json lies beside it."""
+        return adapter_config.get("peft_type") == self.peft_type
+
+    @abstractmethod
+    def count(self, model: nn.Module, config: Config) -> int:
+        """The paper's formula for the number of trainable parameters on a bare `model`.
+
+        Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other.
+        """
+
+
+def stored_config(directory: Path) -> dict[str, Any]:
+    """The content of `directory`'s adapter_config.json.
+
+    Raises:
+        CorruptArtifact: it is missing or not a JSON object.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{directory} holds no {CONFIG_FILE}.", "Is it an adapter directory?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptArtifact(f"{path} is not JSON ({error}).", "Restore the file from where it was copied.") from None
+    if not isinstance(content, dict):
+        raise CorruptArtifact(f"{path} holds {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of `directory`'s adapter_model.safetensors, on the CPU. Pickle files are never opened.
+
+    Raises:
+        CorruptArtifact: the file is missing, a pickle is offered instead, or header and size do not agree.
+    """
+    path = directory / TENSORS_FILE
+    if not path.is_file():
+        pickles = sorted(file.name for file in directory.glob("adapter_model.*") if file.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise CorruptArtifact(
+                f"{directory / pickles[0]} is a pickle, which can run code when it is opened; it was not.",
+                "Where you trust it, load it with peft and save it again: save_pretrained writes safetensors.",
+            )
+        raise CorruptArtifact(f"{directory} holds no {TENSORS_FILE}.", "Is it an adapter directory?")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifact(
+            f"{path} is not a whole safetensors file ({error}).", "Restore it from where it was copied."
+        ) from None
+    return tensors
+
+
+def check_fit(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise `CorruptArtifact` unless `given` has exactly the names and shapes of `expected`."""
+    problems = [
+        *(f"{key} is missing" for key in expected.keys() - given.keys()),
+        *(f"{key} is unknown" for key in given.keys() - expected.keys()),
+        *(
+            f"{key} is {tuple(given[key].shape)}, not {tuple(expected[key].shape)}"
+            for key in expected.keys() & given.keys()
+            if given[key].shape != expected[key].shape
+        ),
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CorruptArtifact(f"The tensors do not fit adapter '{name}': {shown}.", "Was it trained on this base?")

@@ -1,0 +1,102 @@
+"""Which linear layers of a model an adapter sits on."""
+
+import re
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from infra.errors import InvalidInput
+
+ALL_LINEAR = "all-linear"
+Targets = str | tuple[str, ...]
+TARGETS_HELP = (
+    "Linear layers to adapt: 'all-linear' (every one but the output embeddings), a list of names or name endings, "
+    "or one regular expression over whole names."
+)
+EXCLUDE_HELP = "Names, or name endings, left out of the targets."
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
+    found: dict[str, nn.Module] = {}
+    skipped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if skipped and name.startswith(skipped):
+            continue
+        if isinstance(module, BaseTunerLayer | nn.MultiheadAttention):
+            skipped += (f"{name}.",)  # attention of torch's own reads its weights without calling the layer
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.Linear | Conv1D):
+            found[name] = layer
+    return found
+
+
+def shape(layer: Any) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer; `Conv1D` stores its weight the other way round."""
+    rows, columns = map(int, layer.weight.shape)
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) -> list[str]:
+    """The names of the linear layers that `targets` means, in the model's order.
+
+    Raises:
+        InvalidInput: nothing, or one of several names, matches; names the candidates.
+    """
+    layers = linear_modules(model)
+    if targets == ALL_LINEAR:
+        output = _output_embeddings(model)
+        chosen = [name for name, layer in layers.items() if layer is not output]
+    elif isinstance(targets, str):
+        chosen = [name for name in layers if _pattern(targets).fullmatch(name)]
+    else:
+        chosen = [name for name in layers if _ends_with_any(name, targets)]
+        unmatched = [target for target in targets if not any(_ends_with_any(name, (target,)) for name in layers)]
+        if unmatched:
+            raise _no_match(model, layers, unmatched)
+    chosen = [name for name in chosen if not _ends_with_any(name, exclude)]
+    if not chosen:
+        raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
+    return chosen
+
+
+def shortest(model: nn.Module, names: list[str]) -> list[str]:
+    """peft's `target_modules` for exactly `names`: a name's last part where that alone decides, else the whole name.
+
+    `["q_proj", "v_proj"]` instead of sixty whole names is what other tools (vLLM) expect to read.
+    """
+    wanted = set(names)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    others = {
+        name.rpartition(".")[2]
+        for name, _ in model.named_modules()
+        if name not in wanted and not (inside and name.startswith(inside))
+    }
+    return sorted({last if (last := name.rpartition(".")[2]) not in others else name for name in names})
+
+
+def _pattern(targets: str) -> re.Pattern[str]:
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        raise InvalidInput(f"targets: '{targets}' is not a regular expression ({error}).") from None
+
+
+def _ends_with_any(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    return output.get_base_layer() if isinstance(output, BaseTunerLayer) else output
+
+
+def _no_match(model: nn.Module, layers: dict[str, nn.Module], targets: str | list[str]) -> InvalidInput:
+    candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    return InvalidInput(
+        f"targets: {targets!r} matches no module of {type(model).__name__}.",
+        f"Linear modules: {', '.join(candidates)}." if candidates else "The model has no linear module.",
+    )

@@ -1,0 +1,1 @@
+"""What is optimised, as a function of model and batch; independent of the method."""

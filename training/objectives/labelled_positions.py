@@ -1,0 +1,81 @@
+"""The output head applied only where there is a label.
+
+A model's vocabulary head is often its largest matrix (Gemma 3 270M: 262,144 × 640), and completion-only data label few
+positions. A hook in front of the head hands it the labelled rows of the hidden states alone, so everything the
+architecture does around its head (scaling, soft-capping) stays as it is, and loss and gradient are what they were.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infra.errors import InvalidInput
+from kernels.cross_entropy import IGNORE, cross_entropy
+from training.objectives.objective import Loss
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """`model` without its data-parallel wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def head_sees_only(model: nn.Module, rows: Tensor, columns: Tensor, length: int) -> Iterator[None]:
+    """Within it, the output head computes logits [1, N, V] for the hidden states at (rows, columns) alone.
+
+    Args:
+        model: has `get_output_embeddings()`; where that gives None, nothing is changed.
+        rows: [N], indices into the batch.
+        columns: [N], positions in the sequence as the caller sees it.
+        length: L, of that sequence; a method that puts virtual positions in front makes it longer inside.
+    """
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        hidden, *others = arguments  # [B, ≥L, H]
+        return (hidden[rows, columns + (hidden.shape[1] - length)].unsqueeze(0), *others)  # [1, N, H]
+
+    find_head = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = find_head() if find_head else None
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def labelled_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Loss:
+    """Cross-entropy summed over the labelled positions of a batch.
+
+    Args:
+        model: called with `inputs`; its output has `.logits`.
+        inputs: everything the model reads, without labels.
+        labels: [B, L]; −100 where there is no label.
+        shift: a label is predicted from the position `shift` before it: 1 for causal models, 0 for others.
+
+    Raises:
+        InvalidInput: no position of the batch has a label.
+    """
+    rows, columns = (labels[:, shift:] != IGNORE).nonzero(as_tuple=True)  # [N] each
+    if not len(rows):
+        raise InvalidInput(
+            f"None of the {labels.numel()} positions of a batch has a label, so it has no loss.",
+            "Give every example a completion, or train on everything: training.loss_on: everything.",
+        )
+    length = labels.shape[1]
+    with head_sees_only(bare(model), rows, columns, length):
+        outputs = model(**inputs)
+    logits = outputs.logits
+    if tuple(logits.shape[:2]) != (1, len(rows)):  # the architecture has no separate head: select from all logits
+        logits = logits[rows, columns + (logits.shape[1] - length)]
+    total = cross_entropy(logits.reshape(len(rows), -1), labels[rows, columns + shift]).sum()
+    return Loss(total, len(rows), outputs)
+
+
+def labelled_count(labels: Tensor, shift: int) -> Tensor:
+    """How many positions `labelled_loss` judges, an integer scalar."""
+    return (labels[:, shift:] != IGNORE).sum()

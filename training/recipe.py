@@ -1,0 +1,164 @@
+"""A recipe: everything that decides what a training makes. YAML on disk, stored whole with the version it made."""
+
+import hashlib
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from infra.documents import did_you_mean, parse, read_yaml
+from infra.errors import InvalidInput
+from training.data.sources import DataSource
+from training.evaluation.suite import Suite
+from training.methods.catalog import CATALOG, get_method
+from training.selection.selection import Selection
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodChoice(BaseModel):
+    """A method's name and its options. `method: lora` is short for `method: {name: lora}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "lora"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own hyper-parameters, as written."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class TrainingOptions(_Section):
+    """How the adapter is trained.
+
+    One *step* is one optimiser update, on `batch_size` × `gradient_accumulation` examples per process.
+    """
+
+    steps: Positive | None = Field(None, description="Optimiser updates. Exactly one of steps and epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; 3 where neither is given.")
+    batch_size: Positive = 8
+    gradient_accumulation: Positive = 1
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    loss_on: Literal["completion", "everything"] = "completion"
+    max_length: Positive = Field(1024, description="Tokens of prompt and completion together; longer is an error.")
+    packing: bool = Field(False, description="Several examples in a row, kept apart by position ids.")
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPU, else float32."
+    )
+    validate_every: Positive | None = Field(None, description="Steps between validation losses.")
+    early_stopping: Positive | None = Field(None, description="Stop after so many validations without improvement.")
+    checkpoint_every: Positive = Field(50, description="Steps between checkpoints from which a killed run resumes.")
+    processes: Positive = Field(1, description="Data-parallel processes (accelerate: DDP; gloo on CPU, NCCL on GPU).")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingOptions":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.early_stopping and not self.validate_every:
+            raise ValueError("early_stopping needs validate_every")
+        return self
+
+
+class Recipe(_Section):
+    """What to train, on what, how, and how it is judged."""
+
+    adapter: str = Field(description="Name of the adapter; each training makes its next version.")
+    description: str = ""
+    base: str = Field(description="Name of a registered base model, or hf:, path:, gguf: or wheel: reference.")
+    method: MethodChoice = MethodChoice()
+    data: DataSource
+    selection: Selection = Selection()
+    training: TrainingOptions = TrainingOptions()
+    evaluation: tuple[Suite, ...] = Field((), description="Suites; none given: the test split of the recipe's data.")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _method_exists(self) -> "Recipe":
+        if self.method.name not in CATALOG:
+            raise ValueError(f"'{self.method.name}' is not a method. {did_you_mean(self.method.name, list(CATALOG))}")
+        return self
+
+    def method_config(self, source: str = "recipe") -> Any:
+        """The method's options as its own config type.
+
+        Raises:
+            InvalidInput: an option that the method does not have, or a value that it cannot take.
+        """
+        return parse(get_method(self.method.name).config_type, self.method.options, source, prefix="method")
+
+    def as_stored(self) -> dict[str, Any]:
+        """Plain JSON values; `Recipe.model_validate` of it is this recipe."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that name this recipe's content."""
+        return hashlib.sha256(json.dumps(self.as_stored(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe, method options included; relative paths in it count from the recipe's folder.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys to set on top, e.g. `{"training.steps": 10}`.
+
+    Raises:
+        NotFound: no such file.
+        InvalidInput: every unknown key and wrong value, one a line.
+    """
+    recipe = recipe_from(read_yaml(path), path.name, overrides)
+    folder = path.resolve().parent
+    return recipe.model_copy(update={"base": _anchored(recipe.base, folder), "data": recipe.data.anchored(folder)})
+
+
+def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from its content; `source` names the place in error messages. See `load_recipe`."""
+    content = deepcopy(content)
+    for key, value in (overrides or {}).items():
+        _set(content, key.split("."), value)
+    recipe = parse(Recipe, content, source)
+    try:
+        recipe.method_config(source)
+    except InvalidInput as error:
+        told = error.what.replace("is not an option.", f"is not an option of '{recipe.method.name}'.")
+        raise InvalidInput(told, f"See: regraft methods show {recipe.method.name}") from None
+    if recipe.training.gradient_checkpointing and not get_method(recipe.method.name).card.checkpointing:
+        raise InvalidInput(
+            f"{source}: training.gradient_checkpointing does not go with '{recipe.method.name}'.",
+            "Leave it out, or choose another method.",
+        )
+    return recipe
+
+
+def _anchored(base: str, folder: Path) -> str:
+    form, _, place = base.partition(":")
+    return f"{form}:{folder / Path(place).expanduser()}" if form in ("path", "gguf") else base
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        inner = content.setdefault(key, {})
+        if isinstance(inner, str) and key == "method":  # `method: lora` is short for a mapping
+            inner = content[key] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise InvalidInput(f"--set {'.'.join(keys)}: '{key}' is not a section of the recipe.")
+        content = inner
+    content[last] = value

@@ -1,0 +1,1 @@
+"""Choosing which examples to train on."""

@@ -1,0 +1,1 @@
+"""Built-in task generators: seeded, and disjoint between splits by construction."""
