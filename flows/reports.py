@@ -1,0 +1,62 @@
+"""What a flow run leaves in Prefect's UI: tables, markdown, a picture of the training curve."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+
+from training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from training.progress import TrainingOutcome
+
+
+def report_recipe(recipe: Recipe) -> None:
+    """The recipe as YAML."""
+    text = yaml.safe_dump(recipe.as_stored(), sort_keys=False)
+    create_markdown_artifact(f"```yaml\n{text}```", key=_key(recipe.adapter, "recipe"), description="Recipe")
+
+
+def report_table(adapter: str, subject: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table whose columns are the rows' keys."""
+    create_table_artifact([dict(row) for row in rows], key=_key(adapter, subject), description=subject.capitalize())
+
+
+def report_markdown(adapter: str, subject: str, text: str) -> None:
+    """A page of markdown."""
+    create_markdown_artifact(text, key=_key(adapter, subject), description=subject.capitalize())
+
+
+def report_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
+    """The loss over the steps as an image; returns the PNG."""
+    picture = training_curve(adapter, outcome)
+    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    create_image_artifact(url, key=_key(adapter, "training-curve"), description="Training curve")
+    return picture
+
+
+def training_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
+    """PNG of training and validation loss over optimiser steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*outcome.losses, strict=True) if outcome.losses else ((), ())
+    axes.plot(steps, losses, color="#3b6ea5", linewidth=1.2, label="training")
+    if outcome.validation_losses:
+        axes.plot(*zip(*outcome.validation_losses, strict=True), "o-", color="#c8553d", label="validation")
+        axes.legend(frameon=False)
+    axes.set(title=adapter, xlabel="step", ylabel="loss (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _key(adapter: str, subject: str) -> str:
+    """Prefect's artifact keys take lower-case letters, digits and dashes only."""
+    return "".join(c if c.isalnum() else "-" for c in f"{adapter}-{subject}".lower())

@@ -1,0 +1,193 @@
+"""Train an adapter by a recipe and register it as the adapter's next version."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict
+
+from flows.base_models import find_base
+from flows.evaluate_adapter import SuiteResult, evaluate_adapter
+from flows.gpu import gpu_slot
+from flows.mlflow_run import mlflow_run
+from flows.progress import Stage
+from flows.reports import report_curve, report_recipe
+from flows.select_data import SelectedData, select_data
+from infra.errors import InvalidInput, RegraftError
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from registry.addresses import adapter_name
+from registry.records import BaseModelRecord, DatasetRecord, VersionRecord
+from training.adapter_files import write_adapter
+from training.base_models import load_base
+from training.checkpoints import discard, exclusive
+from training.device import best_device
+from training.methods.contract import Adapted
+from training.progress import TrainingEvent, TrainingOutcome
+from training.recipe import Recipe, recipe_from
+from training.trainer import train_recipe
+
+
+class TrainedVersion(BaseModel):
+    """What a training made. `unchanged` says that nothing was trained, since the data were those of `address`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    method: str
+    base: str
+    trainable_parameters: int
+    trainable_share: float
+    size_bytes: int
+    artifact_sha256: str
+    final_loss: float
+    seconds: float
+    steps: int
+    mlflow_run_id: str | None
+    evaluations: list[SuiteResult]
+    unchanged: bool = False
+
+
+@flow(name="train-adapter", flow_run_name="train {recipe.adapter}")
+def train_adapter(
+    recipe: Recipe, fresh: bool = False, evaluate: bool = True, only_if_data_changed: bool = False
+) -> TrainedVersion:
+    """Select data, train, register, and measure the new version on the recipe's suites.
+
+    A run that was interrupted goes on from its last checkpoint, to the same tensors.
+
+    Args:
+        recipe: what to train, on what, how.
+        fresh: ignore the checkpoint of an interrupted run of this recipe.
+        evaluate: measure the new version.
+        only_if_data_changed: do nothing where the selected data are those of the adapter's newest version.
+
+    Raises:
+        InvalidInput: the adapter cannot be called that.
+    """
+    adapter_name(recipe.adapter)  # now, not when hours of training are to be registered
+    report_recipe(recipe)
+    data = select_data(recipe)
+    newest = _newest(recipe.adapter)
+    if only_if_data_changed and newest and newest.dataset and newest.dataset.fingerprint == data.fingerprint:
+        return _trained(newest, [], unchanged=True)
+    version = _train_and_register(recipe, data, fresh)
+    try:
+        results = evaluate_adapter(version.address) if evaluate else []
+    except RegraftError as error:
+        what = f"{version.address} is trained and registered, but could not be measured: {error.what}"
+        raise type(error)(what, error.remedy) from None
+    return _trained(version, results)
+
+
+def stored_recipe(address: str, overrides: dict[str, Any]) -> Recipe:
+    """The recipe that made a version, to train by it again.
+
+    Raises:
+        InvalidInput: the version was imported and has none.
+    """
+    version = AdapterRegistry().get(address)
+    if "data" not in version.recipe:
+        raise InvalidInput(f"{version.address} was imported; there is no recipe to train by.", "Write one.")
+    return recipe_from(version.recipe, version.address, overrides)
+
+
+@task(task_run_name="train and register {recipe.adapter}", cache_policy=NO_CACHE)
+def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> VersionRecord:
+    settings = get_settings()
+    record, folder = find_base(recipe.base)
+    base = load_base(folder.reference, cache=settings.base_models, device=best_device())
+    workdir = settings.runs / f"{recipe.adapter}-{recipe.digest}"
+    with exclusive(workdir):
+        pass  # refuse here what is being trained elsewhere, before its MLflow run is touched
+    if fresh:
+        discard(workdir)
+    tags = {
+        "regraft.base_model": record.name,
+        "regraft.base_identity": record.identity_sha256,
+        "regraft.method": recipe.method.name,
+        "regraft.flow_run": flow_run.id or "",
+    }
+    with mlflow_run(recipe, tags, workdir) as run:
+        stage = Stage(f"train {recipe.adapter}")
+
+        def on_event(event: TrainingEvent) -> None:
+            stage(event.step, event.total_steps, f"loss {event.loss:.3f}")
+            run.log(event)
+
+        with gpu_slot(best_device()):
+            adapted, outcome = train_recipe(
+                recipe, base, data.train, data.validation, workdir=workdir, on_event=on_event
+            )
+        with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
+            report = Path(scratch) / "report"
+            report.mkdir()
+            (report / "training-curve.png").write_bytes(report_curve(recipe.adapter, outcome))
+            run.attach(report)
+            version = _register(recipe, data, record, adapted, outcome, Path(scratch) / "adapter", run.id)
+    discard(workdir)  # registered: the checkpoints have done their duty
+    return version
+
+
+def _register(
+    recipe: Recipe,
+    data: SelectedData,
+    base: BaseModelRecord,
+    adapted: Adapted,
+    outcome: TrainingOutcome,
+    directory: Path,
+    run_id: str,
+) -> VersionRecord:
+    metrics = {"final_loss": outcome.losses[-1][1], "steps": float(outcome.steps)}
+    write_adapter(
+        directory,
+        adapted,
+        method_name=recipe.method.name,
+        base_identity=base.identity_sha256,
+        base_reference=base.reference,
+        recipe=recipe.as_stored(),
+        metrics=metrics,
+    )
+    origin = recipe.data.model_dump(mode="json", exclude_none=True)
+    return AdapterRegistry().register_version(
+        recipe.adapter,
+        directory,
+        base_identity=base.identity_sha256,
+        method=recipe.method.name,
+        recipe=recipe.as_stored(),
+        trainable_parameters=sum(parameter.numel() for parameter in adapted.trainable().values()),
+        task=recipe.data.task,
+        description=recipe.description or None,
+        mlflow_run_id=run_id,
+        metrics={**metrics, "seconds": outcome.seconds},  # not in the files: the same tensors, the same artifact
+        dataset=DatasetRecord(recipe.data.name, data.fingerprint, len(data.train), origin),
+    )
+
+
+def _newest(adapter: str) -> VersionRecord | None:
+    registry = AdapterRegistry()
+    if not registry.has_adapter(adapter):
+        return None
+    ready = [version for version in registry.versions(adapter) if version.state == "ready"]
+    return max(ready, key=lambda version: version.number, default=None)
+
+
+def _trained(version: VersionRecord, results: list[SuiteResult], unchanged: bool = False) -> TrainedVersion:
+    return TrainedVersion(
+        address=version.address,
+        method=version.method,
+        base=version.base.name,
+        trainable_parameters=version.trainable_parameters,
+        trainable_share=version.trainable_parameters / version.base.parameters,
+        size_bytes=version.size_bytes,
+        artifact_sha256=version.artifact_sha256,
+        final_loss=version.metrics["final_loss"],
+        seconds=version.metrics["seconds"],
+        steps=int(version.metrics["steps"]),
+        mlflow_run_id=version.mlflow_run_id,
+        evaluations=results,
+        unchanged=unchanged,
+    )
