@@ -1,0 +1,90 @@
+"""`regraft train`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.console import Json, console, measured, print_json, show, size
+
+if TYPE_CHECKING:
+    from flows.evaluate_adapter import SuiteResult
+    from flows.train_adapter import TrainedVersion
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML), or NAME@VERSION to train by a stored one again.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.steps=10.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the checkpoint of an interrupted run.")] = False,
+    evaluate: Annotated[bool, typer.Option(help="Measure the new version on the recipe's suites.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter by a recipe and register it as the adapter's next version.
+
+    Ctrl-C stops after the current step and keeps a checkpoint: the same command goes on from there.
+
+    Examples:
+      [bold]regraft train recipes/counting.yaml[/]
+      [bold]regraft train recipes/counting.yaml --set method.rank=16 --set training.steps=200[/]
+      [bold]regraft train counting@3[/]  (the stored recipe again: the same tensors, bit for bit)
+    """
+    from training.recipe import load_recipe
+
+    overrides = _overrides(set_ or [])
+    if "@" in recipe.name and not recipe.exists():
+        from flows.train_adapter import stored_recipe
+
+        chosen = stored_recipe(str(recipe), overrides)
+    else:
+        chosen = load_recipe(recipe, overrides)
+
+    from cli.session import connect_flows, live_progress
+
+    connect_flows()
+    from flows.train_adapter import train_adapter
+
+    with live_progress():
+        trained = train_adapter(chosen, fresh=fresh, evaluate=evaluate)
+    if as_json:
+        print_json(trained)
+        return
+    _tell(trained)
+
+
+def _tell(trained: "TrainedVersion") -> None:
+    console.print(
+        f"[bold green]✓[/] [bold]{trained.address}[/]  {trained.method} on {trained.base}, {trained.steps} steps, "
+        f"final loss {trained.final_loss:.3f}, {trained.seconds:.0f} s"
+    )
+    console.print(
+        f"  [dim]{trained.trainable_parameters:,} parameters ({trained.trainable_share:.2%}), "
+        f"{size(trained.size_bytes)}, sha256 {trained.artifact_sha256[:12]}…[/]"
+    )
+    tell_results(trained.evaluations)
+    console.print(f"[dim]next: regraft promote {trained.address} --to production[/]")
+
+
+def tell_results(results: "list[SuiteResult]") -> None:
+    """A table of suite results."""
+    if results:
+        rows = [(r.suite, r.metric, measured(r.metric, r.value, r.low, r.high), str(r.samples)) for r in results]
+        show(("~suite", "metric", ">value", ">samples"), rows, "")
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    from infra.errors import InvalidInput
+
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InvalidInput(f"--set {pair}: a key, '=' and a value are wanted.", "E.g. --set training.steps=10")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidInput(f"--set {pair}: the value is not valid YAML.") from None
+    return overrides

@@ -1,0 +1,44 @@
+"""`regraft export` and `regraft import`: adapters in and out, in the PEFT layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import Json, console, print_json
+
+
+def export(
+    address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")],
+    directory: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+) -> None:
+    """Write a version as a PEFT folder, which peft, vLLM and others load as it is. Every byte is checked on the way.
+
+    Example: [bold]regraft export counting@production ./counting[/]
+    """
+    from registry import AdapterRegistry
+
+    AdapterRegistry().export(address, directory)
+    console.print(f"[bold]{address}[/] is in {directory}")
+
+
+def import_(
+    directory: Annotated[Path, typer.Argument(help="A folder with adapter_config.json, adapter_model.safetensors.")],
+    name: Annotated[str, typer.Argument(help="The adapter that it becomes a version of.")],
+    base: Annotated[str, typer.Option(help="The base model it was trained on: a registered name or a reference.")],
+    task: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Register an adapter that was trained elsewhere. The files are distrusted until checked; pickles are refused.
+
+    Example: [bold]regraft import ./counting counting --base smollm2-135m[/]
+    """
+    from flows.base_models import find_base
+    from registry import AdapterRegistry
+
+    record, _ = find_base(base)
+    version = AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, task=task)
+    if as_json:
+        print_json(version)
+        return
+    console.print(f"[bold green]✓[/] [bold]{version.address}[/]  {version.method} on {version.base.name}")
