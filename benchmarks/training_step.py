@@ -213,7 +213,7 @@ def measure(name: str, repeats: int) -> Row:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=list(CASES))
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -223,5 +223,5 @@ if __name__ == "__main__":
         (arguments.directory / f"{arguments.side}.json").write_text(json.dumps(result))
     else:
         device = best_device()
-        rows = [measure(name, arguments.repeats) for name in arguments.cases]
+        rows = [measure(name, arguments.repeats) for name in arguments.cases or CASES]
         write("training_step", rows, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))

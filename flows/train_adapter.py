@@ -99,7 +99,8 @@ def stored_recipe(address: str, overrides: dict[str, Any]) -> Recipe:
 def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> VersionRecord:
     settings = get_settings()
     record, folder = find_base(recipe.base)
-    base = load_base(folder.reference, cache=settings.base_models, device=best_device())
+    device = "cpu" if recipe.training.shard_base else best_device()
+    base = load_base(folder.reference, cache=settings.base_models, device=device)
     workdir = settings.runs / f"{recipe.adapter}-{recipe.digest}"
     with exclusive(workdir):
         pass  # refuse here what is being trained elsewhere, before its MLflow run is touched

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from infra.documents import did_you_mean
 from infra.errors import CorruptArtifact, InvalidInput, NotFound
@@ -65,9 +66,21 @@ def resolve_base(reference: str, cache: Path) -> BaseFolder:
 
 
 def load_base(
-    reference: str, *, cache: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    reference: str,
+    *,
+    cache: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    shards: int = 1,
 ) -> LoadedBase:
     """Load a base model, in evaluation mode, as the class that its configuration names.
+
+    Args:
+        reference: as for `resolve_base`.
+        cache: as for `resolve_base`.
+        dtype: of its weights.
+        device: to compute on.
+        shards: processes of this launch that split the weights among them (FSDP2); all of them load together.
 
     Raises:
         InvalidInput, NotFound, CorruptArtifact: as `resolve_base`; also weights that lack tensors of the model.
@@ -82,9 +95,10 @@ def load_base(
             f"{reference}: transformers {transformers.__version__} has no model class {architectures[0]}.",
             "Models that bring their own code are not run.",
         )
+    spread = {"distributed_config": DistributedConfig(fsdp_size=shards)} if shards > 1 else {}
     with without_loading_bars():
         model, report = model_class.from_pretrained(
-            base.directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            base.directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **spread
         )
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:

@@ -145,10 +145,14 @@ class Engine(Trainer):
         size = self.args.per_device_eval_batch_size
         self.model.eval()
         with torch.no_grad():
-            for start in range(size * self.args.process_index, len(self.eval_dataset), size * self.args.world_size):
-                batch = self._prepare_inputs(self.data_collator(self.eval_dataset[start : start + size]))
+            for first in range(0, len(self.eval_dataset), size * self.args.world_size):
+                start = first + size * self.args.process_index
+                mine = self.eval_dataset[start : start + size]
+                # A sharded base computes only when all processes do: one that has no batch left repeats the first.
+                batch = self._prepare_inputs(self.data_collator(mine or self.eval_dataset[:size]))
                 loss = self.objective(self.model, self.adapted.transform_batch(batch))
-                judged += torch.tensor([loss.total.item(), loss.count], dtype=torch.float64, device=judged.device)
+                if mine:
+                    judged += torch.tensor([loss.total.item(), loss.count], dtype=torch.float64, device=judged.device)
         self.model.train()
         if self.args.world_size > 1:
             dist.all_reduce(judged)

@@ -2,7 +2,9 @@
 
 The parent writes a job folder, starts the processes, passes their events on, and attaches what they trained. Each runs
 `python -m training.launch JOB`: `train_recipe` under `accelerate`'s environment variables (DDP; gloo on the CPU, NCCL
-on GPUs). If one dies, the others are stopped; if the parent dies, they write a checkpoint and stop.
+on GPUs). With `training.shard_base` they split the base's weights among them as they load it (FSDP2, by transformers'
+plan for the architecture); the adapter is on each of them, as under DDP. If one process dies, the others are stopped;
+if the parent dies, they write a checkpoint and stop.
 """
 
 import json
@@ -26,6 +28,7 @@ from infra.errors import BaseModelMismatch, Interrupted, InvalidInput, RegraftEr
 from infra.settings import get_settings
 from training.checkpoints import exclusive, launch_directory
 from training.data.example import Example
+from training.device import best_device
 from training.interruption import Interruption, awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
@@ -53,7 +56,9 @@ def launch(
     Raises:
         RegraftError: also when a process dies; its log is named.
     """
-    device = next(base.model.parameters()).device.type
+    # Where the workers split the base among them, the parent's copy may be too large for any one device.
+    sharded = recipe.training.shard_base
+    device = best_device().type if sharded else next(base.model.parameters()).device.type
     processes = recipe.training.processes
     if device == "cuda" and processes > torch.cuda.device_count():
         raise InvalidInput(
@@ -178,11 +183,13 @@ def _work(directory: Path) -> None:
 
     job: dict[str, Any] = json.loads((directory / _JOB).read_text(encoding="utf-8"))
     rank = int(os.environ["RANK"])
+    recipe = Recipe.model_validate(job["recipe"])
     base = load_base(
         f"path:{job['base']}",
         cache=get_settings().base_models,
         dtype=getattr(torch, job["dtype"]),
         device="cpu" if job["device"] == "cpu" else f"cuda:{rank}",
+        shards=recipe.training.processes if recipe.training.shard_base else 1,
     )
     if base.identity.sha256 != job["identity"]:
         raise BaseModelMismatch(f"{job['base']} has changed since the training was started.", "Start it again.")
@@ -193,7 +200,7 @@ def _work(directory: Path) -> None:
             events.flush()
 
         adapted, outcome = train_recipe(
-            Recipe.model_validate(job["recipe"]),
+            recipe,
             base,
             [_example(content) for content in job["train"]],
             [_example(content) for content in job["validation"]],

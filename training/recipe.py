@@ -60,6 +60,9 @@ class TrainingOptions(_Section):
     early_stopping: Positive | None = Field(None, description="Stop after so many validations without improvement.")
     checkpoint_every: Positive = Field(50, description="Steps between checkpoints from which a killed run resumes.")
     processes: Positive = Field(1, description="Data-parallel processes (accelerate: DDP; gloo on CPU, NCCL on GPU).")
+    shard_base: bool = Field(
+        False, description="Split the base's weights over the processes (FSDP2) instead of copying them to each."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingOptions":
@@ -67,6 +70,8 @@ class TrainingOptions(_Section):
             raise ValueError("give steps or epochs, not both")
         if self.early_stopping and not self.validate_every:
             raise ValueError("early_stopping needs validate_every")
+        if self.shard_base and self.processes == 1:
+            raise ValueError("shard_base needs more than one of processes")
         return self
 
 
@@ -139,11 +144,13 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
     except InvalidInput as error:
         told = error.what.replace("is not an option.", f"is not an option of '{recipe.method.name}'.")
         raise InvalidInput(told, f"See: regraft methods show {recipe.method.name}") from None
-    if recipe.training.gradient_checkpointing and not get_method(recipe.method.name).card.checkpointing:
-        raise InvalidInput(
-            f"{source}: training.gradient_checkpointing does not go with '{recipe.method.name}'.",
-            "Leave it out, or choose another method.",
-        )
+    card = get_method(recipe.method.name).card
+    for option, allowed in (("gradient_checkpointing", card.checkpointing), ("shard_base", card.sharding)):
+        if getattr(recipe.training, option) and not allowed:
+            raise InvalidInput(
+                f"{source}: training.{option} does not go with '{recipe.method.name}'.",
+                "Leave it out, or choose another method.",
+            )
     return recipe
 
 

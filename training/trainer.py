@@ -155,7 +155,10 @@ def train(
             f"training.processes is {options.processes}, but this is no such launch.", "Use train_recipe."
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise InvalidInput("Adapters are not trained under FSDP; every process holds the whole model.", "Use DDP.")
+        raise InvalidInput(
+            "ACCELERATE_USE_FSDP is set, which would split the adapter, too.",
+            "Unset it; training.shard_base splits the base alone.",
+        )
     device = next(adapted.model.parameters()).device
     run = _digest(adapted, examples, validation, options, seed, identity)
     collate: Collate = Packing(padding.pad, options.max_length) if options.packing else padding
@@ -258,6 +261,7 @@ def _arguments(
         eval_steps=options.validate_every,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
+        save_only_model=options.shard_base,  # the engine could not resume it by its own checkpoints; these are ours
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=seed,

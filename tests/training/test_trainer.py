@@ -278,7 +278,7 @@ def test_a_gpu_learns_what_the_cpu_does(tmp_path) -> None:
 
 def test_fsdp_is_refused_rather_than_wrong(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InvalidInput, match="not trained under FSDP"):
+    with pytest.raises(InvalidInput, match="ACCELERATE_USE_FSDP is set"):
         run(tmp_path)
 
 

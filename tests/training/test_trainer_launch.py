@@ -14,7 +14,7 @@ from training.base_models import LoadedBase, load_base
 from training.checkpoints import checkpoints_directory
 from training.data.example import Example
 from training.progress import TrainingEvent
-from training.recipe import Recipe
+from training.recipe import MethodChoice, Recipe, recipe_from
 from training.trainer import train_recipe
 
 TRAIN = [Example(f"{first}+{second}", str(first + second)) for first in range(4) for second in range(4)]
@@ -103,6 +103,51 @@ def test_two_processes_train_what_one_does_and_stop_and_resume_together(tmp_path
     resumed, outcome = train_recipe(shared, third, TRAIN, VALIDATION, workdir=tmp_path / "3", on_event=told.append)
     assert 0 < outcome.resumed_from < outcome.steps == 40
     assert same_bits(copied(resumed), bits)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prefix-tuning"])
+def test_a_base_that_is_split_over_two_processes_trains_the_same_adapter(tmp_path, base, method) -> None:
+    """Of three validation examples the second process has but one."""
+    whole, split = (
+        recipe(
+            steps=6, learning_rate=1e-3, batch_size=1, checkpoint_every=50, processes=2, shard_base=shard
+        ).model_copy(update={"method": MethodChoice(name=method)})
+        for shard in (False, True)
+    )
+    expected, one = train_recipe(whole, base, TRAIN, VALIDATION, workdir=tmp_path / "1", on_event=lambda event: None)
+    again = load_base(base.reference, cache=tmp_path / "home" / "base_models")
+    adapted, two = train_recipe(split, again, TRAIN, VALIDATION, workdir=tmp_path / "2", on_event=lambda event: None)
+    assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], abs=1e-5)
+    assert [x for _, x in two.validation_losses] == pytest.approx([x for _, x in one.validation_losses], abs=1e-5)
+    tensors = expected.tensors()
+    for name, tensor in adapted.tensors().items():
+        torch.testing.assert_close(tensor, tensors[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_training_on_a_split_base_stops_and_resumes_to_the_same_bits(tmp_path, base) -> None:
+    chosen = recipe(steps=30, batch_size=4, early_stopping=9, processes=2, shard_base=True)
+
+    def interrupt(event: TrainingEvent) -> None:
+        if event.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"after step \d+ of 30"):
+        train_recipe(chosen, base, TRAIN, VALIDATION, workdir=tmp_path / "1", on_event=interrupt)
+    resumed, outcome = train_recipe(
+        chosen, base, TRAIN, VALIDATION, workdir=tmp_path / "1", on_event=lambda event: None
+    )
+    assert 0 < outcome.resumed_from < 30
+    again = load_base(base.reference, cache=tmp_path / "home" / "base_models")
+    straight, _ = train_recipe(chosen, again, TRAIN, VALIDATION, workdir=tmp_path / "2", on_event=lambda event: None)
+    assert same_bits(copied(resumed), copied(straight))
+
+
+def test_a_method_that_needs_the_whole_base_does_not_have_it_split() -> None:
+    content = recipe(processes=2).as_stored()
+    with pytest.raises(InvalidInput, match=r"training\.shard_base does not go with 'dora'"):
+        recipe_from(content, "r.yaml", {"method": "dora", "training.shard_base": True})
+    with pytest.raises(InvalidInput, match="shard_base needs more than one of processes"):
+        recipe_from(content, "r.yaml", {"training.processes": 1, "training.shard_base": True})
 
 
 def test_an_error_in_a_worker_is_the_parents_error(tmp_path, base) -> None:

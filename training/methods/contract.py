@@ -53,6 +53,7 @@ class MethodCard:
         needs_calibration: `AttachContext.calibration` must be given.
         changes_base: trains the base's own parameters instead of adding some.
         checkpointing: trains under activation (gradient) checkpointing.
+        sharding: trains on a base whose weights are split over several processes.
     """
 
     title: str
@@ -66,6 +67,7 @@ class MethodCard:
     needs_calibration: bool = False
     changes_base: bool = False
     checkpointing: bool = True
+    sharding: bool = True
 
 
 @dataclass(frozen=True)

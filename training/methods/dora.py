@@ -40,6 +40,7 @@ class Dora(Lora):
         title="LoRA on the weights' direction, with a magnitude of its own",
         paper="DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353",
         parameters="Σ r(m + n) + m over the adapted m × n layers",
+        sharding=False,  # its magnitudes are the norms of whole weights
     )
 
     def peft_config(self, model: nn.Module, config: LoraConfig) -> PeftConfig:

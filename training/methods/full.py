@@ -119,6 +119,7 @@ class Full(Method[FullConfig]):
         backbones=("llama", "gpt2", "gemma3_text", "bert", "t5", "vit"),
         modality=("language", "vision"),
         changes_base=True,
+        sharding=False,
     )
 
     def attach(

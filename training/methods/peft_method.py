@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotMergeable, RegraftError
 from training.methods.contract import (
@@ -41,8 +42,10 @@ class PeftAdapted(Adapted):
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors as `PeftModel.save_pretrained` names them."""
+        # A base that is split over processes stays out of it: peft would have it gathered.
+        own = {name: tensor for name, tensor in self.model.state_dict().items() if not isinstance(tensor, DTensor)}
         # Without save_embedding_layers=False peft asks the hub whether the vocabulary has grown.
-        state = get_peft_model_state_dict(self.model, adapter_name=self.name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(self.model, own, adapter_name=self.name, save_embedding_layers=False)
         return {name: tensor.detach() for name, tensor in state.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
