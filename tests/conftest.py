@@ -16,6 +16,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     DO_NOT_TRACK="1",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: with more, tiny models wait for threads, not for results
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background job is started with SIGINT ignored, which every process that a test starts would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,24 +11,27 @@ from contextlib import contextmanager
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_MOST = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+_KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+# glibc cannot be asked for what was in force. This is where its own adaptation ends, once a block of 32 MiB was freed.
+_GIVE_BACK = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}
 
 
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """Within it, memory freed on the CPU stays with the process; after it, what is free goes back to the machine.
 
-    Does nothing where tensors live on another device or the C library is not glibc. glibc cannot be asked for its
-    thresholds, so they stay as they are set here; freed memory then goes back at the end of the next such block.
+    Does nothing where tensors live on another device or the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if device.type != "cpu" or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
+    for parameter, value in _KEEP.items():
+        libc.mallopt(parameter, value)
     try:
         yield
     finally:
+        for parameter, value in _GIVE_BACK.items():
+            libc.mallopt(parameter, value)
         libc.malloc_trim(0)
