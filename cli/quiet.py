@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from cli.console import errors
 
+_FLOW_LOGS = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 _QUIET = {
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # a flow's error reaches the user once, as our message
+    _FLOW_LOGS: "CRITICAL",  # a flow's error reaches the user once, as our message
     "PYTHONWARNINGS": "ignore",  # in the processes of a data-parallel training
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # stages have bars of their own: cli.session.live_progress
@@ -35,8 +36,8 @@ def quieten() -> None:
 
 
 def outspoken_environment() -> dict[str, str]:
-    """The environment for a child process whose log is what the user wants to see."""
-    return {name: value for name, value in os.environ.items() if _QUIET.get(name) != value}
+    """The environment for a child process whose flows' logs, but not its packages' bars, the user wants to see."""
+    return {name: value for name, value in os.environ.items() if name != _FLOW_LOGS or value != _QUIET[_FLOW_LOGS]}
 
 
 class _Notices(logging.Handler):

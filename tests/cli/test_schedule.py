@@ -1,11 +1,15 @@
 """Schedules from the command line, and a worker that runs one."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.services import LocalServices
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import WriteRecipe, ended, run_here, started
@@ -62,13 +66,30 @@ def test_a_schedule_that_makes_no_sense_is_not_made(recipe: Path, options: tuple
     assert listed("punctual") == []
 
 
+def test_prefects_own_command_line_deploys_the_file_of_the_repository(regraft_home: Path) -> None:
+    get_settings.cache_clear()
+    environment = {**os.environ, "PREFECT_API_URL": LocalServices(get_settings()).prefect_api_url()}
+    for command in ("work-pool create regraft --type process --overwrite", "deploy --all"):
+        subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", *command.split()],
+            cwd=Path(__file__).parents[2],
+            env={**environment, "PREFECT_HOME": str(regraft_home / "prefect")},
+            check=True,
+            capture_output=True,
+        )
+    (deployed,) = listed("counting")
+    assert (deployed["when"], deployed["paused"]) == ("cron 0 3 * * 1 (UTC)", True)
+    assert run_here("schedule", "remove", "counting").code == 0
+
+
 def test_a_worker_runs_what_was_queued_and_leaves(recipe: Path) -> None:
     watching = run_here("schedule", "train", str(recipe), "--when-dataset-changes", "--interval", "300d")
     assert "if the data changed" in watching.out
     assert "Queued as flow run" in run_here("schedule", "run-now", "punctual").out
     worked = ended(started("worker", "--once"))
     assert worked.code == 0, worked.err
-    assert "Traceback" not in worked.out + worked.err
+    assert not any(noise in worked.out + worked.err for noise in ("Traceback", "Warning", "it/s"))
+    assert "Finished in state Completed" in worked.out + worked.err
     assert listed("punctual")[0]["last_result"] == "Completed"
     assert AdapterRegistry().get("punctual@1").state == "ready"
     run_here("schedule", "remove", "punctual")

@@ -75,7 +75,7 @@ class PrefixTuning(SoftPromptMethod[PrefixTuningConfig]):
         kind = task_type(model)
         if kind == TaskType.FEATURE_EXTRACTION:
             raise InvalidInput(f"{type(model).__name__} keeps no keys and values for a prefix.", "Try: prompt-tuning")
-        if model.is_gradient_checkpointing:
+        if model.is_activation_checkpointing:
             raise InvalidInput(
                 "A prefix lives in the key-value cache, which gradient checkpointing switches off.",
                 "Set gradient_checkpointing: false, or use prompt-tuning.",

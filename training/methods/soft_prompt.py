@@ -90,7 +90,7 @@ def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     base, config = model.get_base_model(), model.active_peft_config
     if config.peft_type.value in CACHED:
-        if base.training and base.is_gradient_checkpointing:
+        if base.training and base.is_activation_checkpointing:
             raise InvalidInput(
                 "A prefix lives in the key-value cache, which gradient checkpointing switches off.",
                 "Set gradient_checkpointing: false, or use prompt-tuning.",
