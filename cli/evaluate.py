@@ -29,7 +29,7 @@ def evaluate(
       [bold]regraft evaluate counting@3[/]
       [bold]regraft evaluate counting@3 --task object_counting --shots 3[/]
       [bold]regraft evaluate counting@4 --against counting@production[/]
-      [bold]regraft evaluate smollm2-135m --task object_counting[/]  (the bare model)
+      [bold]regraft evaluate smollm2-135m-instruct --task object_counting[/]  (the bare model)
     """
     from cli.session import connect_flows, live_progress
     from cli.train import tell_results

@@ -113,6 +113,9 @@ def _told(error: Exception) -> int:
     match error:
         case RegraftError():
             what, remedy, code = error.what, error.remedy, error.exit_code
+        case _ if type(error).__module__.startswith("httpx"):  # Prefect's client is the one that speaks by it
+            what = f"The Prefect server stopped answering: {error}"
+            remedy, code = "regraft status; then run the same command again: a training goes on from its checkpoint.", 8
         case OSError(filename=str(file)) if error.strerror:  # the machine's fault, not ours
             what, remedy, code = f"{file}: {error.strerror}.", _REMEDIES.get(error.errno or 0, "regraft doctor"), 1
         case _:

@@ -15,7 +15,7 @@ def list_(
     family: Annotated[str | None, typer.Option(help="Only families that contain this word, e.g. additive.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Every method: family, paper, whether it merges, how many parameters it trains.
+    """Every method: family, paper, whether it merges and needs calibration data.
 
     Example: [bold]regraft methods list --family additive[/]
     """

@@ -31,12 +31,14 @@ def promote(
       [bold]regraft promote counting@7 --to production --force --reason "hotfix, agreed with Ada"[/]
     """
     from cli.session import connect_flows, live_progress
-
-    connect_flows()
-    from flows.promote_adapter import promote_adapter
+    from registry.gate import require_reason
     from registry.policy import Policy
 
+    require_reason(force, reason)  # what needs no server comes first
     chosen = Policy.load(policy) if policy else None
+    connect_flows()
+    from flows.promote_adapter import promote_adapter
+
     with live_progress():
         promotion = promote_adapter(address, alias=to, policy=chosen, force=force, reason=reason)
     if as_json:

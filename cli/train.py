@@ -41,7 +41,9 @@ def train(
         chosen = load_recipe(recipe, overrides)
 
     from cli.session import connect_flows, live_progress
+    from registry.addresses import adapter_name
 
+    adapter_name(chosen.adapter)  # before a server is asked for
     connect_flows()
     from flows.train_adapter import train_adapter
 

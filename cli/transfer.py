@@ -31,13 +31,11 @@ def import_(
 ) -> None:
     """Register an adapter that was trained elsewhere. The files are distrusted until checked; pickles are refused.
 
-    Example: [bold]regraft import ./counting counting --base smollm2-135m[/]
+    Example: [bold]regraft import ./counting counting --base smollm2-135m-instruct[/]
     """
-    from flows.base_models import find_base
-    from registry import AdapterRegistry
+    from flows.import_adapter import import_adapter
 
-    record, _ = find_base(base)
-    version = AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, task=task)
+    version = import_adapter(directory, name, base, task)
     if as_json:
         print_json(version)
         return

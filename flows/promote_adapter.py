@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict
 from flows.evaluate_adapter import evaluate_adapter
 from flows.reports import report_table
 from flows.suites import default_suites, suite_named, title
-from infra.errors import GateRefused, InvalidInput, NotFound
+from infra.errors import GateRefused, NotFound
 from infra.settings import get_settings
 from registry import AdapterRegistry
+from registry.gate import require_reason
 from registry.policy import Policy, SuitePolicy, find_policy
 from registry.promotion import Verdict, missing_suites
 from registry.records import VersionRecord
@@ -70,8 +71,7 @@ def promote_adapter(
         InvalidInput: force without a reason.
         Conflict: somebody else moved the alias meanwhile.
     """
-    if force and not (reason or "").strip():
-        raise InvalidInput("A forced promotion needs a reason; it is kept in the log.", '--force --reason "why"')
+    require_reason(force, reason)
     settings = get_settings()
     registry = AdapterRegistry(settings)
     candidate = registry.get(address)

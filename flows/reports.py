@@ -2,9 +2,11 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import yaml
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
@@ -13,28 +15,30 @@ from training.recipe import Recipe
 if TYPE_CHECKING:
     from training.progress import TrainingOutcome
 
+logger = logging.getLogger(__name__)
+
 
 def report_recipe(recipe: Recipe) -> None:
     """The recipe as YAML."""
     text = yaml.safe_dump(recipe.as_stored(), sort_keys=False)
-    create_markdown_artifact(f"```yaml\n{text}```", key=_key(recipe.adapter, "recipe"), description="Recipe")
+    _leave(create_markdown_artifact, f"```yaml\n{text}```", recipe.adapter, "recipe")
 
 
 def report_table(adapter: str, subject: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table whose columns are the rows' keys."""
-    create_table_artifact([dict(row) for row in rows], key=_key(adapter, subject), description=subject.capitalize())
+    _leave(create_table_artifact, [dict(row) for row in rows], adapter, subject)
 
 
 def report_markdown(adapter: str, subject: str, text: str) -> None:
     """A page of markdown."""
-    create_markdown_artifact(text, key=_key(adapter, subject), description=subject.capitalize())
+    _leave(create_markdown_artifact, text, adapter, subject)
 
 
 def report_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
     """The loss over the steps as an image; returns the PNG."""
     picture = training_curve(adapter, outcome)
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
-    create_image_artifact(url, key=_key(adapter, "training-curve"), description="Training curve")
+    _leave(create_image_artifact, url, adapter, "training curve")
     return picture
 
 
@@ -55,6 +59,14 @@ def training_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def _leave(create: Callable[..., object], content: object, adapter: str, subject: str) -> None:
+    """Make the artifact; what was trained or measured is not lost because a page cannot show it."""
+    try:
+        create(content, key=_key(adapter, subject), description=subject.capitalize())
+    except httpx.HTTPError as error:
+        logger.warning("Prefect does not show the %s of %s: %s", subject, adapter, error)
 
 
 def _key(adapter: str, subject: str) -> str:

@@ -121,7 +121,8 @@ def errors_explained(url: str) -> Iterator[None]:
     try:
         yield
     except exc.DBAPIError as error:
-        if not isinstance(error, exc.OperationalError | exc.InterfaceError) and "not a database" not in str(error.orig):
+        damaged = any(symptom in str(error.orig) for symptom in ("not a database", "malformed"))
+        if not isinstance(error, exc.OperationalError | exc.InterfaceError) and not damaged:
             raise
         name = redacted_url(url)
         reason = without_secrets(" ".join(str(error.orig).split()), normalised_url(url))

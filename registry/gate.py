@@ -58,8 +58,7 @@ class Gate:
         expected_generation: int | None,
     ) -> PromotionRecord:
         """See `AdapterRegistry.promote`."""
-        if force and not (reason or "").strip():
-            raise InvalidInput("A forced promotion needs a reason; it is kept in the log.", '--force --reason "why"')
+        require_reason(force, reason)
         if verdict is None and not force:
             raise InvalidInput(
                 f"{address} cannot be promoted to {alias} without a verdict.", "Decide first, or force it."
@@ -132,3 +131,13 @@ class Gate:
                 record.to_address,
                 error.what,
             )
+
+
+def require_reason(force: bool, reason: str | None) -> None:
+    """Make sure that force comes with a reason.
+
+    Raises:
+        InvalidInput: it does not.
+    """
+    if force and not (reason or "").strip():
+        raise InvalidInput("A forced promotion needs a reason; it is kept in the log.", '--force --reason "why"')

@@ -161,9 +161,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
+def save_tiny_llama(directory: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a tiny Llama and its tokenizer so that `path:DIRECTORY` is a base model; returns `directory`."""
-    tiny_llama(seed=seed).save_pretrained(directory)
+    tiny_llama(seed=seed, layers=layers).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
 

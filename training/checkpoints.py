@@ -158,7 +158,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
         pid = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
         raise Conflict(
             f"Another training (process {pid}) is at work in {workdir}.",
-            f"Wait for it, stop it (kill -INT {pid}: it can be resumed), or use another working directory.",
+            f"Wait for it, or stop it: kill -INT {pid} (it can be resumed).",
         ) from None
     try:
         holder.write_text(str(os.getpid()), encoding="utf-8")

@@ -44,11 +44,11 @@ class TrainingOptions(_Section):
     epochs: float | None = Field(None, gt=0, description="Passes over the data; 3 where neither is given.")
     batch_size: Positive = 8
     gradient_accumulation: Positive = 1
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     loss_on: Literal["completion", "everything"] = "completion"
     max_length: Positive = Field(1024, description="Tokens of prompt and completion together; longer is an error.")
     packing: bool = Field(False, description="Several examples in a row, kept apart by position ids.")

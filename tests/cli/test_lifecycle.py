@@ -302,6 +302,11 @@ def test_an_import_that_must_not_be_trusted_is_refused(trained: dict[str, Any], 
 
     assert run_here("import", str(exported), "../smuggled", "--base", "walked-base").code == 2
 
+    (exported / "regraft.json").unlink()  # as stock peft writes it: nothing but the tensors tells the base
+    deeper = save_tiny_llama(tmp_path / "deeper", layers=3)
+    misfit = refused("--base", f"path:{deeper}")
+    assert (misfit.code, "does not fit deeper" in misfit.err) == (6, True)
+
 
 def test_prompts_come_as_arguments_or_one_a_line_from_a_pipe(trained: dict[str, Any]) -> None:
     options = ("--max-new-tokens", "2", "--json")

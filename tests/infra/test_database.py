@@ -102,6 +102,23 @@ def test_an_unreachable_database_is_named_without_its_password() -> None:
     assert caught.value.__suppress_context__, "a traceback would show the driver's own error"
 
 
+def test_a_database_that_lost_its_end_is_damaged_not_a_bug(tmp_path: Path) -> None:
+    file = tmp_path / "cut.db"
+    engine = engine_for(f"sqlite:///{file}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE words (word TEXT)")
+        connection.exec_driver_sql("INSERT INTO words VALUES (?)", [("word " * 50,)] * 500)
+    engine.dispose()
+    file.write_bytes(file.read_bytes()[:6000])
+    broken = engine_for(f"sqlite:///{file}")
+    with (
+        pytest.raises(ServiceUnavailable, match="is damaged"),
+        errors_explained(f"sqlite:///{file}"),
+        broken.connect() as connection,
+    ):
+        connection.exec_driver_sql("SELECT * FROM words").all()
+
+
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.db").write_text("dear diary, " * 500)
     with pytest.raises(ServiceUnavailable, match="not a SQLite file"):
