@@ -48,7 +48,7 @@ def machine_findings(settings: Settings) -> list[Finding]:
         check_database(settings),
         *([] if is_remote(settings.tracking_uri) else [check_mlflow_store(settings)]),
         *check_services(settings),
-        *([check_bucket(settings)] if settings.artifacts.startswith("s3://") else []),
+        check_bucket(settings) if settings.artifacts.startswith("s3://") else check_artifacts(settings),
     ]
 
 
@@ -178,6 +178,14 @@ def check_services(settings: Settings) -> list[Finding]:
                 remedy = "Check that it runs and that the address is right, or unset it to use a local server."
                 findings.append(Finding(service.name, "problem", message, remedy))
     return findings
+
+
+def check_artifacts(settings: Settings) -> Finding:
+    """Whether the artifact store, where it is not in S3, is a folder."""
+    if "://" in settings.artifacts:
+        message = f"artifact_store is {redacted_url(settings.artifacts)}, which is neither a folder nor in S3."
+        return Finding("artifacts", "problem", message, "Write an absolute path or s3://BUCKET/PREFIX, or unset it.")
+    return Finding("artifacts", "ok", f"The artifact store is the folder {settings.artifacts}.")
 
 
 def check_bucket(settings: Settings) -> Finding:

@@ -4,12 +4,14 @@ Order of precedence: arguments, `REGRAFT_*` environment variables, `regraft.toml
 else the nearest one from the working directory upwards, else `$REGRAFT_HOME/regraft.toml`), embedded defaults.
 """
 
+import getpass
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -28,6 +30,13 @@ _OTHER_VARIABLES = ["REGRAFT_CONFIG", "REGRAFT_DEBUG", "REGRAFT_SERVER"]
 def default_home() -> Path:
     """`$XDG_DATA_HOME/regraft`, or `~/.local/share/regraft`."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "regraft"
+
+
+def _logged_in_as() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container whose user id has no name
+        return f"uid {os.getuid()}"
 
 
 def configuration_file() -> Path | None:
@@ -59,7 +68,7 @@ class Settings(BaseSettings):
         ("production",), description="Aliases that move only through a passing gate."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads for training. Default: torch's choice.")
-    actor: str = Field(default_factory=lambda: os.environ.get("USER") or "unknown", description="Named in audit logs.")
+    actor: str = Field(default_factory=lambda: _logged_in_as(), description="Named in audit logs.")
 
     @field_validator("protected_aliases", mode="before")
     @classmethod
@@ -133,8 +142,15 @@ def get_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        problems = "; ".join(map(_told, error.errors(include_input=False)))
         origin = f"environment (REGRAFT_*) or {source}" if source else "environment (REGRAFT_*)"
-        raise InvalidInput(f"Settings are not usable: {problems}.", f"Look at the {origin}.") from None
+        raise InvalidInput(f"Settings are not usable: {problems}", f"Look at the {origin}.") from None
     except ValueError as error:  # malformed TOML
         raise InvalidInput(f"{source} is not valid TOML: {error}", "Mend the file, or move it away.") from None
+
+
+def _told(problem: ErrorDetails) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is not a setting. {did_you_mean(name, list(Settings.model_fields))}"
+    return f"{name}: {problem['msg']}."

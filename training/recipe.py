@@ -138,12 +138,22 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
     content = deepcopy(content)
     for key, value in (overrides or {}).items():
         _set(content, key.split("."), value)
-    recipe = parse(Recipe, content, source)
+    method = content.get("method", {})
+    chosen = method if isinstance(method, str) else method.get("name", "lora") if isinstance(method, dict) else None
+    problems = []
     try:
-        recipe.method_config(source)
+        recipe = parse(Recipe, content, source)
     except InvalidInput as error:
-        told = error.what.replace("is not an option.", f"is not an option of '{recipe.method.name}'.")
-        raise InvalidInput(told, f"See: regraft methods show {recipe.method.name}") from None
+        problems.append(error.what)
+    if isinstance(method, dict) and chosen in CATALOG:
+        options = {key: value for key, value in method.items() if key != "name"}
+        try:
+            parse(get_method(chosen).config_type, options, source, prefix="method")
+        except InvalidInput as error:
+            problems.append(error.what.replace("is not an option.", f"is not an option of '{chosen}'."))
+    if problems:
+        remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method.") else ""
+        raise InvalidInput("\n".join(problems), remedy)
     card = get_method(recipe.method.name).card
     for option, allowed in (("gradient_checkpointing", card.checkpointing), ("shard_base", card.sharding)):
         if getattr(recipe.training, option) and not allowed:

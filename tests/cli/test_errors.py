@@ -142,7 +142,7 @@ def test_a_broken_configuration_file_is_named(home: Path) -> None:
     assert (result.code, one_message(result.err)) == (2, True)
     assert "regraft.toml is not valid TOML" in result.err
     Path("regraft.toml").write_text("hme = '/tmp'\n")
-    assert "hme: Extra inputs are not permitted" in run_here("adapters", "list").err
+    assert "hme is not a setting. Did you mean 'home'?" in run_here("adapters", "list").err
     assert run_here("--help").code == 0
 
 

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 
 from infra import machine
 from infra.machine import (
+    check_artifacts,
     check_bucket,
     check_database,
     check_disk,
@@ -24,11 +25,16 @@ from tests.services import free_ports, s3_server
 Usage = namedtuple("Usage", "total used free")
 
 
+def test_a_store_that_no_release_can_open_is_a_problem(tmp_path: Path) -> None:
+    finding = check_artifacts(Settings(home=tmp_path, artifact_store="ftp://ada:sesame@host/x"))
+    assert (finding.level, "sesame" in finding.message) == ("problem", False)
+
+
 def test_this_machine_is_fit_and_looking_at_it_changes_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     findings = machine_findings(Settings(home=home))
     assert [finding.subject for finding in findings] == [
-        "python", "torch", "triton", "disk", "settings", "database", "mlflow store", "prefect", "mlflow"
+        "python", "torch", "triton", "disk", "settings", "database", "mlflow store", "prefect", "mlflow", "artifacts"
     ]  # fmt: skip
     assert [finding for finding in findings if finding.level == "problem"] == []
     assert not home.exists()

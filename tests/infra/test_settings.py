@@ -43,7 +43,11 @@ def test_the_nearest_file_upwards_is_read_and_the_environment_wins(
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("gpu_slot = 4\n", "gpu_slot"), ("gpu_slots = 0\n", "gpu_slots"), ("gpu_slots = \n", "not valid TOML")],
+    [
+        ("gpu_slot = 4\n", "gpu_slot is not a setting. Did you mean 'gpu_slots'?"),
+        ("gpu_slots = 0\n", "gpu_slots"),
+        ("gpu_slots = \n", "not valid TOML"),
+    ],
 )
 def test_a_mistake_in_the_file_names_key_and_file(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "regraft.toml").write_text(text)

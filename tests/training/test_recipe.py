@@ -32,6 +32,16 @@ def test_the_stored_form_is_the_same_recipe_and_the_same_digest(tmp_path: Path) 
     assert load_recipe(written(tmp_path, training={"steps": 6})).digest != recipe.digest
 
 
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, method={"rnak": 4}, data={"task": "object_countin"}, training={"learning_rate": float("inf")}
+    )
+    with pytest.raises(InvalidInput) as refused:
+        load_recipe(path)
+    places = [line.removeprefix("recipe.yaml: ").split(" ")[0] for line in refused.value.what.splitlines()]
+    assert places == ["data:", "training.learning_rate:", "method.rnak"]
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
