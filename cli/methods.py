@@ -68,19 +68,13 @@ def show_(name: str, as_json: Json = False) -> None:
             ("calibration", "needed" if card.needs_calibration else "not needed"),
             ("modality", ", ".join(card.modality)),
             ("tested on", ", ".join(card.backbones)),
-            ("refuses", ", ".join(_refused(card)) or "no training option"),
+            ("refuses", ", ".join(card.refuses) or "no training option"),
         )
     )
     console.print()
     rows = [(k, escape(str(_default(f))), escape(f.description or "")) for k, f in fields.items()]
     show(("option", "default", "~what it is"), rows, "No options.")
     console.print(f"\nIn a recipe:\n  [cyan]method:\n    name: {name}[/]")
-
-
-def _refused(card: Any) -> list[str]:
-    """The options under `training` that do not go with a method."""
-    options = {"gradient_checkpointing": card.checkpointing, "shard_base": card.sharding}
-    return [option for option, allowed in options.items() if not allowed]
 
 
 def _fields(card: Any) -> dict[str, Any]:

@@ -138,14 +138,14 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
     content = deepcopy(content)
     for key, value in (overrides or {}).items():
         _set(content, key.split("."), value)
-    method = content.get("method", {})
-    chosen = method if isinstance(method, str) else method.get("name", "lora") if isinstance(method, dict) else None
+    method = content.get("method")
+    chosen = method.get("name", "lora") if isinstance(method, dict) else None
     problems = []
     try:
         recipe = parse(Recipe, content, source)
     except InvalidInput as error:
         problems.append(error.what)
-    if isinstance(method, dict) and chosen in CATALOG:
+    if isinstance(method, dict) and isinstance(chosen, str) and chosen in CATALOG:
         options = {key: value for key, value in method.items() if key != "name"}
         try:
             parse(get_method(chosen).config_type, options, source, prefix="method")
@@ -154,9 +154,8 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
     if problems:
         remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method.") else ""
         raise InvalidInput("\n".join(problems), remedy)
-    card = get_method(recipe.method.name).card
-    for option, allowed in (("gradient_checkpointing", card.checkpointing), ("shard_base", card.sharding)):
-        if getattr(recipe.training, option) and not allowed:
+    for option in get_method(recipe.method.name).card.refuses:
+        if getattr(recipe.training, option):
             raise InvalidInput(
                 f"{source}: training.{option} does not go with '{recipe.method.name}'.",
                 "Leave it out, or choose another method.",

@@ -47,6 +47,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     [
         ({"method": {"name": "lora", "rnak": 4}}, "method.rnak is not an option of 'lora'. Did you mean 'rank'?"),
         ({"method": "loar"}, "'loar' is not a method. Did you mean 'lora'?"),
+        ({"method": {"name": ["lora"]}}, "method.name: Input should be a valid string"),
         ({"trainng": {}}, "trainng is not an option. Did you mean 'training'?"),
         ({"training": {"stesp": 4}}, "training.stesp is not an option. Did you mean 'steps'?"),
         ({"training": {"steps": 4, "epochs": 1}}, "give steps or epochs, not both"),

@@ -69,6 +69,12 @@ class MethodCard:
     checkpointing: bool = True
     sharding: bool = True
 
+    @property
+    def refuses(self) -> list[str]:
+        """The options under a recipe's `training` that do not go with the method."""
+        options = {"gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        return [option for option, allowed in options.items() if not allowed]
+
 
 @dataclass(frozen=True)
 class AttachContext:
