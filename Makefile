@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constr
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types contracts migrations benchmarks-table clean
+.PHONY: help demo test test-slow test-gpu lint format types contracts migrations benchmarks-table clean
 
 help:  ## What there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -32,11 +32,15 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (about 8 minutes on 2 cores)
 	@$(BIN)/regraft demo
 
-test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores)
-	@$(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
+test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores); on the CPU, also where there is a GPU
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
 
 test-slow: $(VENV)/.dev  ## End-to-end tests on the real SmolLM2
 	@$(BIN)/python -m pytest $(TESTS) -m slow --durations 5
+
+test-gpu: $(VENV)/.dev  ## What a GPU could change: its own tests, the method contract and the lifecycle on CUDA
+	@$(BIN)/python -m pytest $(TESTS) -m gpu
+	@TEST_DEVICE=cuda $(BIN)/python -m pytest tests/training/methods/test_contract.py tests/flows/test_lifecycle.py
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	@$(BIN)/ruff check .

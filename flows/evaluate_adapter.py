@@ -17,10 +17,10 @@ from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.records import VersionRecord
 from serving.loading import LoadedAdapter, load, recipe_of
-from training.base_models import load_base
+from training.base_models import BaseFolder, LoadedBase, load_base
 from training.data.example import fingerprint
 from training.data.prompting import PromptFormat
-from training.device import best_device
+from training.device import base_dtype, best_device
 from training.evaluation.evaluate import EvaluationResult
 from training.evaluation.evaluate import evaluate as measure
 from training.evaluation.statistics import paired_test
@@ -81,7 +81,7 @@ def evaluate_base(base: str, suites: tuple[Suite, ...]) -> list[SuiteResult]:
         suites: each must name a task.
     """
     record, folder = find_base(base)
-    loaded = load_base(folder.reference, cache=get_settings().base_models, device=best_device())
+    loaded = _bare(folder)
     results = []
     for suite in suites:
         drawn = prepare(suite, None)
@@ -120,7 +120,7 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
         model, tokenizer, name = adapter.model, adapter.tokenizer, adapter.version.address
     else:
         record, folder = find_base(subject)
-        base = load_base(folder.reference, cache=get_settings().base_models, device=best_device())
+        base = _bare(folder)
         model, tokenizer, name, adapter = base.model, base.tokenizer, record.name, None
     results = []
     for suite, found in run_harness(model, tokenizer, tasks, limit=limit).items():
@@ -129,6 +129,11 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
             _record(registry, name, suite, found)
     _report(name, results)
     return results
+
+
+def _bare(folder: BaseFolder) -> LoadedBase:
+    device = best_device()
+    return load_base(folder.reference, cache=get_settings().base_models, dtype=base_dtype(device), device=device)
 
 
 def _prepared(version: VersionRecord, suites: tuple[Suite, ...]) -> list[Prepared]:

@@ -24,7 +24,8 @@ from registry.records import BaseModelRecord, DatasetRecord, VersionRecord
 from training.adapter_files import write_adapter
 from training.base_models import load_base
 from training.checkpoints import discard, exclusive
-from training.device import best_device
+from training.device import base_dtype, best_device
+from training.methods.catalog import get_method
 from training.methods.contract import Adapted
 from training.progress import TrainingEvent, TrainingOutcome
 from training.recipe import Recipe, recipe_from
@@ -99,8 +100,14 @@ def stored_recipe(address: str, overrides: dict[str, Any]) -> Recipe:
 def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> VersionRecord:
     settings = get_settings()
     record, folder = find_base(recipe.base)
-    device = "cpu" if recipe.training.shard_base else best_device()
-    base = load_base(folder.reference, cache=settings.base_models, device=device)
+    base = load_base(
+        folder.reference,
+        cache=settings.base_models,
+        dtype=base_dtype(
+            best_device(), recipe.training.precision, trained=get_method(recipe.method.name).card.changes_base
+        ),
+        device="cpu" if recipe.training.shard_base else best_device(),
+    )
     workdir = settings.runs / f"{recipe.adapter}-{recipe.digest}"
     with exclusive(workdir):
         pass  # refuse here what is being trained elsewhere, before its MLflow run is touched

@@ -15,9 +15,10 @@ from registry.records import VersionRecord
 from training.adapter_files import attach_stored
 from training.base_models import LoadedBase, load_base
 from training.data.prompting import PromptFormat
-from training.device import best_device
+from training.device import base_dtype, best_device
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.generation import greedy_answers
+from training.methods.catalog import get_method
 from training.methods.contract import Adapted
 from training.recipe import Recipe
 
@@ -84,7 +85,17 @@ def load(address: str, settings: Settings | None = None) -> LoadedAdapter:
     registry = AdapterRegistry(settings)
     version = registry.get(address)
     directory = registry.materialise(version.address)
-    base = load_base(version.base.reference, cache=settings.base_models, device=best_device())
+    recipe, device = recipe_of(version), best_device()
+    base = load_base(
+        version.base.reference,
+        cache=settings.base_models,
+        dtype=base_dtype(
+            device,
+            recipe.training.precision if recipe else "auto",
+            trained=get_method(version.method).card.changes_base,
+        ),
+        device=device,
+    )
     registry.require_base(version, base.identity.sha256)
     adapted = attach_stored(base.model, directory, base_identity=base.identity.sha256)
     adapted.model.eval()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from infra.errors import Interrupted, InvalidInput
+from infra.errors import Interrupted, InvalidInput, RegraftError
 from infra.settings import get_settings
 from training.checkpoints import Checkpoint, Checkpoints, checkpoints_directory, exclusive
 from training.data.batching import Collate, Packing, Padding
@@ -68,7 +68,7 @@ def train_recipe(
         InvalidInput: an example is too long or has nothing to learn, or the options do not go with the model.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Conflict: another training is at work in `workdir`, or it holds checkpoints of another recipe.
-        RegraftError: the loss is no number, or the disk is full.
+        RegraftError: the loss is no number, the GPU's memory does not suffice, or the disk is full.
     """
     options = recipe.training
     if base.tokenizer is None:
@@ -144,7 +144,7 @@ def train(
         InvalidInput: no examples, or options that do not go with model, method or data.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Conflict: another training is at work in `workdir`, or it holds checkpoints of another one.
-        RegraftError: the loss is no number, or the disk is full.
+        RegraftError: the loss is no number, the GPU's memory does not suffice, or the disk is full.
     """
     if not examples:
         raise InvalidInput("There is no example to train on.", "Look at the recipe's data and selection.")
@@ -194,6 +194,13 @@ def train(
         )
         try:
             return _run(engine, found, total_steps(options, len(examples)))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(" If reserved")[0]
+            raise RegraftError(
+                f"The GPU ran out of memory after step {engine.state.global_step}: {reason}",
+                "Halve training.batch_size and double training.gradient_accumulation (the same updates), set "
+                "training.gradient_checkpointing: true, or lower training.max_length.",
+            ) from None
         finally:
             engine.accelerator.unwrap_model(adapted.model, keep_fp32_wrapper=False)  # autocast off again
 

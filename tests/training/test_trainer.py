@@ -14,6 +14,7 @@ from tests.tiny_models import PAD, tiny_llama, tiny_tokenizer
 from tests.training.tiny_training import EXAMPLES, HELD_OUT, OPTIONS, fresh, run, same_bits
 from training.data.batching import Padding
 from training.data.encoding import encode
+from training.device import base_dtype
 from training.methods.contract import Adapted
 from training.progress import TrainingEvent, TrainingOutcome
 from training.recipe import TrainingOptions
@@ -264,6 +265,35 @@ def test_callbacks_extra_loss_batch_transform_and_optimiser_of_the_method_are_ho
         bias.data -= 1e-2 * gradient
     assert adapted.heard == ["step 1 SGD", "step 2 SGD"]
     torch.testing.assert_close(adapted.tensors()["bias"], bias.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt-tuning", "prefix-tuning"])
+def test_a_bfloat16_base_trains_a_float32_adapter_to_about_the_same(tmp_path, method) -> None:
+    config = {"dropout": 0.0} if method == "lora" else {}
+    _, expected = run(tmp_path / "float32", adapted=fresh(method, **config))
+    halved = fresh(method, dtype=torch.bfloat16, **config)
+    adapted, outcome = run(tmp_path / "bfloat16", options(precision="bfloat16"), halved)
+    assert {tensor.dtype for tensor in adapted.tensors().values()} == {torch.float32}
+    frozen = [parameter for parameter in adapted.model.parameters() if not parameter.requires_grad]
+    assert frozen
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert [x for _, x in outcome.losses] == pytest.approx([x for _, x in expected.losses], rel=5e-2)
+
+
+def test_base_weights_are_bfloat16_on_a_gpu_unless_they_train() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert base_dtype(cpu) == base_dtype(cpu, "bfloat16") == torch.float32
+    assert base_dtype(gpu) == base_dtype(gpu, "bfloat16") == torch.bfloat16
+    assert base_dtype(gpu, "float32") == base_dtype(gpu, trained=True) == torch.float32
+
+
+def test_a_lack_of_gpu_memory_is_told_with_what_to_do(tmp_path) -> None:
+    def at_step(event: TrainingEvent) -> None:
+        if event.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. If reserved but unallocated …")
+
+    with pytest.raises(RegraftError, match=r"(?s)memory after step 2: .* 2 GiB\.\nHalve training.batch_size"):
+        run(tmp_path, on_event=at_step)
 
 
 @pytest.mark.gpu

@@ -30,11 +30,11 @@ def quiet(event: TrainingEvent) -> None:
     del event
 
 
-def fresh(method: str = "lora", device: str = "cpu", **config: object) -> Adapted:
+def fresh(method: str = "lora", device: str = "cpu", dtype: torch.dtype = torch.float32, **config: object) -> Adapted:
     chosen = get_method(method)
     if method == "lora":
         config = {"rank": 4, "dropout": 0.1, **config}
-    return chosen.attach(tiny_llama().to(device), chosen.config_type(**config), AttachContext(seed=0))
+    return chosen.attach(tiny_llama().to(device, dtype), chosen.config_type(**config), AttachContext(seed=0))
 
 
 def run(

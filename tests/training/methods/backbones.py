@@ -1,5 +1,6 @@
-"""One tiny model of each architecture, and a batch that it reads. A new backbone is one line here."""
+"""One tiny model of each architecture, and a batch that it reads, on `TEST_DEVICE`. A new backbone is one line here."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,21 @@ from tests import tiny_models
 from training.methods.contract import Adapted
 
 ROWS, LENGTH = 2, 7
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))  # cuda: the whole matrix on a GPU
 
 
 @dataclass(frozen=True)
 class Backbone:
     """How to make a model, always with the same weights, and what to feed it."""
 
-    build: Callable[[], nn.Module]
-    batch: Callable[[], dict[str, Tensor]]
+    make: Callable[[], nn.Module]
+    feed: Callable[[], dict[str, Tensor]]
+
+    def build(self) -> nn.Module:
+        return self.make().to(DEVICE)
+
+    def batch(self) -> dict[str, Tensor]:
+        return {name: tensor.to(DEVICE) for name, tensor in self.feed().items()}
 
 
 def _tokens() -> dict[str, Tensor]:
@@ -56,7 +64,9 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Some loss in which every logit counts."""
     values = model(**batch).logits.float()
-    return (values * torch.linspace(-1, 1, values.numel()).view(values.shape)).sum() / values.shape[-1]
+    return (
+        values * torch.linspace(-1, 1, values.numel(), device=values.device).view(values.shape)
+    ).sum() / values.shape[-1]
 
 
 def train(adapted: Adapted, batch: dict[str, Any], steps: int = 2, rate: float = 0.02) -> None:
