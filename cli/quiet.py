@@ -12,6 +12,7 @@ from cli.console import errors
 _FLOW_LOGS = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 _QUIET = {
     _FLOW_LOGS: "CRITICAL",  # a flow's error reaches the user once, as our message
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # its threads' tracebacks while a server is away
     "PYTHONWARNINGS": "ignore",  # in the processes of a data-parallel training
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # stages have bars of their own: cli.session.live_progress
@@ -31,6 +32,7 @@ def quieten() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger().addHandler(_nothing)
+    logging.raiseExceptions = False  # "--- Error logging to API ---", for every line while a server is away
     for package in _OURS:
         logging.getLogger(package).addHandler(_notices)
 

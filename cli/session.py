@@ -1,7 +1,8 @@
-"""What a command needs before it can run flows: a Prefect server to report to, and a bar in the terminal."""
+"""What a command needs before it can run flows: a Prefect server to report to, and a sign of life while they do."""
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -9,8 +10,13 @@ from rich.markup import escape
 from cli.console import errors
 
 if TYPE_CHECKING:
+    from flows.progress import Listener
     from flows.progress import Progress as Report
     from infra.settings import Settings
+
+LINE_MARK = "·"
+_SECONDS_TO_FIRST_LINE = 10.0
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 def connect_flows() -> "Settings":
@@ -27,13 +33,20 @@ def connect_flows() -> "Settings":
 
 @contextmanager
 def live_progress() -> Iterator[None]:
-    """Show every stage that the flows report as a bar that vanishes when it is full; on a terminal only.
+    """Show how far every stage is that the flows report: bars on a terminal, else a line from time to time.
 
-    Bars go to standard error: standard output belongs to the result.
+    They go to standard error: standard output belongs to the result.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from flows.progress import listening
+
+    with _bars() if errors.is_terminal else nullcontext(_lines()) as show, listening(show):
+        yield
+
+
+@contextmanager
+def _bars() -> "Iterator[Listener]":
+    """A bar for every stage, which vanishes when it is full."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
         SpinnerColumn(),
@@ -43,7 +56,7 @@ def live_progress() -> Iterator[None]:
         TextColumn("[dim]{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
+    with Progress(*columns, console=errors, transient=True) as bars:
         stages = {}
 
         def show(report: "Report") -> None:
@@ -54,5 +67,21 @@ def live_progress() -> Iterator[None]:
             if report.done >= report.total:
                 bars.remove_task(stages.pop(report.stage))
 
-        with listening(show):
-            yield
+        yield show
+
+
+def _lines() -> "Listener":
+    """For a log file: nothing for what is done in a moment, then a line now and then."""
+    began = time.monotonic()
+    due = began + _SECONDS_TO_FIRST_LINE
+
+    def show(report: "Report") -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due:
+            due = now + _SECONDS_BETWEEN_LINES
+            clock = f"{int(now - began) // 60}:{int(now - began) % 60:02d}"
+            line = f"{LINE_MARK} {clock}  {report.stage}  {report.done}/{report.total}  {report.note}"
+            errors.print(escape(line.rstrip()), soft_wrap=True)
+
+    return show

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flows.lost_runs import mark_crashed
 from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry.tracking import Tracking
@@ -15,6 +16,7 @@ from training.recipe import Recipe
 
 _SECONDS_BETWEEN_FLUSHES = 3.0  # each is a request, or a transaction
 _RUN_FILE = "mlflow_run"
+_FLOW_RUN = "regraft.flow_run"
 
 
 class MlflowRun:
@@ -51,8 +53,18 @@ class MlflowRun:
 
 
 @contextmanager
-def mlflow_run(recipe: Recipe, tags: Mapping[str, str], workdir: Path) -> Iterator[MlflowRun]:
-    """The run of the training in `workdir`: a new one in the adapter's experiment, or the interrupted one again."""
+def mlflow_run(recipe: Recipe, tags: Mapping[str, str], flow_run_id: str, workdir: Path) -> Iterator[MlflowRun]:
+    """The run of the training in `workdir`: a new one in the adapter's experiment, or the interrupted one again.
+
+    The flow run that began it is over then, even if it was killed and Prefect does not know.
+
+    Args:
+        recipe: its content becomes the run's parameters.
+        tags: of the run, beside that of the flow run.
+        flow_run_id: the flow run that trains now.
+        workdir: of this training, in which no other process is at work.
+    """
+    tags = {**tags, _FLOW_RUN: flow_run_id}
     tracking = Tracking(get_settings())
     remembered = checkpoints_directory(workdir) / _RUN_FILE  # forgotten when the checkpoints are
     run_id = remembered.read_text(encoding="utf-8") if remembered.is_file() else None
@@ -61,6 +73,10 @@ def mlflow_run(recipe: Recipe, tags: Mapping[str, str], workdir: Path) -> Iterat
         run_id = tracking.start_run(recipe.adapter, name=name, tags=tags, params=_flat(recipe.as_stored()))
         remembered.parent.mkdir(parents=True, exist_ok=True)
         remembered.write_text(run_id, encoding="utf-8")
+    else:
+        if earlier := tracking.tags(run_id).get(_FLOW_RUN):
+            mark_crashed(earlier, f"Its process was killed; flow run {flow_run_id} goes on with the training.")
+        tracking.set_tags(run_id, tags)
     run = MlflowRun(tracking, run_id)
     try:
         yield run

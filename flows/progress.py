@@ -1,6 +1,5 @@
 """Where a flow is: told to whoever listens in this process (a terminal's bar) and to Prefect (a progress artifact)."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +7,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
 
-logger = logging.getLogger(__name__)
+from flows.telling import tell_prefect
 
 _SECONDS_BETWEEN_UPDATES = 3.0  # each is a request to the server
+_SECONDS_AFTER_A_FAILURE = 60.0
 
 Listener = Callable[["Progress"], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -46,8 +45,7 @@ class Stage:
     def __init__(self, name: str) -> None:
         self.name = name
         self._artifact: UUID | None = None
-        self._updated = 0.0
-        self._warned = False
+        self._next_update = 0.0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Report `done` of `total`; Prefect hears of it every few seconds, the listener each time."""
@@ -56,16 +54,11 @@ class Stage:
         if FlowRunContext.get() is None:
             return
         now = time.monotonic()
-        if self._artifact is None or done >= total or now - self._updated > _SECONDS_BETWEEN_UPDATES:
-            self._updated = now
-            try:
-                self._tell_prefect(100.0 * done / max(1, total))
-            except httpx.HTTPError as error:  # hours of work do not end because a page cannot show how far they are
-                if not self._warned:
-                    logger.warning("Prefect is not told how far '%s' is: %s", self.name, error)
-                self._warned = True
+        if now > self._next_update or done >= total:
+            told = tell_prefect(f"how far '{self.name}' is", lambda: self._update(100.0 * done / max(1, total)))
+            self._next_update = now + (_SECONDS_BETWEEN_UPDATES if told else _SECONDS_AFTER_A_FAILURE)
 
-    def _tell_prefect(self, percent: float) -> None:
+    def _update(self, percent: float) -> None:
         if self._artifact is None:
             created = create_progress_artifact(percent, description=self.name)
             assert isinstance(created, UUID)

@@ -2,20 +2,17 @@
 
 import base64
 import io
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import yaml
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from flows.telling import tell_prefect
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
     from training.progress import TrainingOutcome
-
-logger = logging.getLogger(__name__)
 
 
 def report_recipe(recipe: Recipe) -> None:
@@ -62,11 +59,10 @@ def training_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
 
 
 def _leave(create: Callable[..., object], content: object, adapter: str, subject: str) -> None:
-    """Make the artifact; what was trained or measured is not lost because a page cannot show it."""
-    try:
-        create(content, key=_key(adapter, subject), description=subject.capitalize())
-    except httpx.HTTPError as error:
-        logger.warning("Prefect does not show the %s of %s: %s", subject, adapter, error)
+    tell_prefect(
+        f"the {subject} of {adapter}",
+        lambda: create(content, key=_key(adapter, subject), description=subject.capitalize()),
+    )
 
 
 def _key(adapter: str, subject: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
@@ -16,7 +17,7 @@ from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.reports import report_curve, report_recipe
 from flows.select_data import SelectedData, select_data
-from infra.errors import InvalidInput, RegraftError
+from infra.errors import InvalidInput, RegraftError, ServiceUnavailable
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.addresses import adapter_name
@@ -78,9 +79,11 @@ def train_adapter(
     version = _train_and_register(recipe, data, fresh)
     try:
         results = evaluate_adapter(version.address) if evaluate else []
-    except RegraftError as error:
-        what = f"{version.address} is trained and registered, but could not be measured: {error.what}"
-        raise type(error)(what, error.remedy) from None
+    except (RegraftError, httpx.HTTPError) as error:
+        lost = f"The Prefect server stopped answering: {error}"
+        cause = error if isinstance(error, RegraftError) else ServiceUnavailable(lost, "regraft status")
+        what = f"{version.address} is trained and registered, but could not be measured: {cause.what}"
+        raise type(cause)(what, cause.remedy) from None
     return _trained(version, results)
 
 
@@ -117,9 +120,8 @@ def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> Vers
         "regraft.base_model": record.name,
         "regraft.base_identity": record.identity_sha256,
         "regraft.method": recipe.method.name,
-        "regraft.flow_run": flow_run.id or "",
     }
-    with mlflow_run(recipe, tags, workdir) as run:
+    with mlflow_run(recipe, tags, flow_run.id or "", workdir) as run:
         stage = Stage(f"train {recipe.adapter}")
 
         def on_event(event: TrainingEvent) -> None:

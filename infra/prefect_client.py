@@ -38,6 +38,19 @@ def configure_prefect(settings: Settings) -> str:
     return api_url
 
 
+def revive_prefect(settings: Settings) -> None:
+    """Start the local server again if it has died while this process works with it; any other one is left alone.
+
+    Raises:
+        ServiceUnavailable: it did not start.
+    """
+    from prefect.settings import get_current_settings
+
+    services = LocalServices(settings)
+    if settings.prefect_api_url is None and get_current_settings().api.url == services.last_prefect_api_url():
+        services.prefect()
+
+
 def _server_in_context() -> str | None:
     """The API URL that a flow run or a harness, which this code runs within, has set."""
     if "prefect.context" not in sys.modules:

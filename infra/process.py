@@ -66,7 +66,7 @@ class BackgroundServer:
 
     def find(self) -> ProcessRecord | None:
         """The record of the living server, whichever process started it; it may not answer yet."""
-        record = self._recorded() or self._rediscovered()
+        record = self.remembered() or self._rediscovered()
         return record if record is not None and self._process(record) is not None else None
 
     def answers(self, record: ProcessRecord) -> bool:
@@ -89,7 +89,7 @@ class BackgroundServer:
             if (found := self.find()) is not None and self._wait(found):
                 return found
             _end(self._members())  # a hung server, or the children of one that was killed
-            remembered = self._recorded()
+            remembered = self.remembered()
             return self._start(remembered.port if remembered is not None else self.first_port)
 
     def stop(self) -> bool:
@@ -97,7 +97,7 @@ class BackgroundServer:
         with self._alone():
             members = self._members()
             _end(members)
-            record = self._recorded()
+            record = self.remembered()
             if record is not None and record.pid is not None:
                 self._write(record.model_copy(update={"pid": None}))
             return bool(members)
@@ -183,7 +183,8 @@ class BackgroundServer:
     def _file(self) -> Path:
         return self.directory / f"{self.name}.json"
 
-    def _recorded(self) -> ProcessRecord | None:
+    def remembered(self) -> ProcessRecord | None:
+        """What the file says, true or not."""
         try:
             return ProcessRecord.model_validate_json(self._file.read_bytes())
         except (FileNotFoundError, ValidationError):

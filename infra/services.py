@@ -83,6 +83,11 @@ class LocalServices:
         server = self.prefect()
         return self._settings.prefect_api_url or f"{server.url}/api"
 
+    def last_prefect_api_url(self) -> str | None:
+        """Where the local Prefect server is, or was when it last ran; None if it never did."""
+        record = self._prefect.remembered()
+        return None if record is None else f"http://127.0.0.1:{record.port}/api"
+
     def mlflow(self) -> Service:
         """The MLflow server with its pages, over the same store that `mlflow_client` opens; started if need be.
 

@@ -70,6 +70,18 @@ class Tracking:
             self._client.update_run(run_id, status="RUNNING")
             return True
 
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+        with self._explained("read a run"):
+            return dict(self._client.get_run(run_id).data.tags)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a run, or replace them."""
+        from mlflow.entities import RunTag
+
+        with self._explained("tag a run"):
+            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at a step."""
         self.log_series(run_id, [(step, metrics)])

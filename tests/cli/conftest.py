@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cli.session import LINE_MARK
 from infra.settings import get_settings
 from tests.tiny_models import save_tiny_llama
 
@@ -51,7 +52,12 @@ def run_here(*arguments: str, stdin: str = "", width: int = 80) -> Told:
         sys.argv, sys.stdin = argv, sys_stdin
         os.environ.clear()
         os.environ.update(environment)
-    return Told(code, out.getvalue(), err.getvalue())
+    return Told(code, out.getvalue(), without_progress(err.getvalue()))
+
+
+def without_progress(err: str) -> str:
+    """A slow machine's signs of life left out."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(LINE_MARK))
 
 
 def started(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -73,7 +79,7 @@ def started(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
 def ended(process: "subprocess.Popen[str]") -> Told:
     """What a started command left."""
     out, err = process.communicate(timeout=240)
-    return Told(process.returncode, out, err)
+    return Told(process.returncode, out, without_progress(err))
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
 from infra.mlflow_client import mlflow_client
+from infra.services import LocalServices
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import TRAINING, WriteRecipe, ended, run_here, started
@@ -63,6 +66,20 @@ def runs_of(adapter: str) -> list[str]:
     return [run.info.status for run in client.search_runs([experiment.experiment_id])]
 
 
+def flow_states(adapter: str) -> list[str]:
+    """Of the trainings of an adapter, as Prefect has them."""
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[f"train {adapter}"])))
+    return sorted(run.state.type.value for run in runs if run.state)
+
+
+def task_states(adapter: str) -> list[str]:
+    with get_client(sync_client=True) as client:
+        name = FlowRunFilterName(any_=[f"train {adapter}"])
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(name=name))
+    return [task.state.type.value for task in tasks if task.state]
+
+
 def test_ctrl_c_registers_nothing_and_the_same_command_goes_on_to_the_same_tensors(
     write_recipe: WriteRecipe, uninterrupted: bytes
 ) -> None:
@@ -104,6 +121,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_tensors(
     os.killpg(process.pid, signal.SIGKILL)
     assert ended(process).code == -signal.SIGKILL
     assert not AdapterRegistry().has_adapter("killed")
+    assert flow_states("killed") == ["RUNNING"]
     assert list(checkpoints_directory(workdir).glob("step-*"))
 
     resumed = trained(recipe)
@@ -111,3 +129,24 @@ def test_a_training_that_was_killed_goes_on_to_the_same_tensors(
     assert not list(checkpoints_directory(workdir).glob("step-*"))
     assert tensors("killed@1") == uninterrupted
     assert run_here("fsck", "--quick").code == 0
+    assert flow_states("killed") == ["COMPLETED", "CRASHED"]  # no run is left that seems to be at work
+    assert set(task_states("killed")) == {"COMPLETED", "CRASHED"}
+
+
+def test_a_prefect_server_that_dies_is_brought_back_and_costs_nothing(
+    write_recipe: WriteRecipe, uninterrupted: bytes
+) -> None:
+    recipe = write_recipe("bereft", training=LONG)
+    process = started("train", str(recipe), "--json")
+    wait_for_checkpoint(recipe, process)
+    os.killpg(process.pid, signal.SIGSTOP)
+    server = LocalServices(get_settings()).prefect()
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGCONT)
+
+    through = ended(process)
+    assert (through.code, through.err) == (0, "")
+    assert json.loads(through.out)["evaluations"]
+    assert tensors("bereft@1") == uninterrupted
+    assert flow_states("bereft") == ["COMPLETED"]

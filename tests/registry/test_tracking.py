@@ -88,6 +88,8 @@ def test_an_mlflow_that_is_not_there_is_named_without_its_password(settings: Set
 def test_a_run_that_ended_goes_on_and_one_that_is_gone_does_not(tracking: Tracking) -> None:
     run_id = tracking.start_run("counting", tags={}, params={})
     tracking.finish(run_id, "KILLED")
+    tracking.set_tags(run_id, {"regraft.flow_run": "second"})
+    assert tracking.tags(run_id)["regraft.flow_run"] == "second"
     assert tracking.reopen(run_id)
     assert tracking._client.get_run(run_id).info.status == "RUNNING"
     tracking._client.delete_run(run_id)
