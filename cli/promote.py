@@ -56,7 +56,9 @@ def tell_verdict(promotion: "Promotion") -> None:
         for c in promotion.checks
     ]
     show(("", "~check", "wanted", "measured", "~"), rows, "The policy asks for nothing.")
-    if promotion.moved:
+    if promotion.moved and promotion.from_address == promotion.to_address:
+        console.print(f"[bold green]confirmed[/]  {promotion.alias} was and is [bold]{promotion.to_address}[/]")
+    elif promotion.moved:
         console.print(
             f"[bold green]{promotion.decision}[/]  {promotion.alias}: "
             f"{promotion.from_address or 'none'} → [bold]{promotion.to_address}[/]"

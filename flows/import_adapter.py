@@ -32,7 +32,7 @@ def import_adapter(directory: Path, name: str, base: str, task: str | None = Non
     adapter_name(name)
     record, folder = find_base(base)
     files = inspect_adapter(directory)  # before anything of it is loaded
-    require_same_base(files, record.identity_sha256, directory)
+    require_same_base(files, record, directory)
     loaded = load_base(folder.reference, cache=get_settings().base_models)
     try:
         attach_stored(loaded.model, directory, base_identity=record.identity_sha256)

@@ -1,5 +1,6 @@
 """Train an adapter by a recipe and register it as the adapter's next version."""
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,8 @@ from training.methods.contract import Adapted
 from training.progress import TrainingEvent, TrainingOutcome
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedVersion(BaseModel):
@@ -103,6 +106,9 @@ def stored_recipe(address: str, overrides: dict[str, Any]) -> Recipe:
 def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> VersionRecord:
     settings = get_settings()
     record, folder = find_base(recipe.base)
+    if record.deprecated_at is not None:
+        instead = f"; its successor is {record.successor}" if record.successor else ""
+        logger.warning("%s is deprecated%s. The adapter will have to move sooner or later.", record.name, instead)
     base = load_base(
         folder.reference,
         cache=settings.base_models,

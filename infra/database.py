@@ -51,6 +51,11 @@ def engine_for(url: str) -> sa.Engine:
         parsed = sa.make_url(normalised_url(url))
         if parsed.get_backend_name() == "sqlite":
             return _sqlite_engine(parsed)
+        if parsed.get_backend_name() != "postgresql":
+            raise InvalidInput(
+                f"{redacted_url(url)} is neither SQLite nor PostgreSQL, where Regraft keeps its tables.",
+                "Write sqlite:////absolute/path.db or postgresql://USER:PASSWORD@HOST:PORT/DATABASE in database_url.",
+            )
         patience = {"connect_timeout": POSTGRES_CONNECT_SECONDS} if parsed.drivername == "postgresql+psycopg" else {}
         return sa.create_engine(parsed, pool_pre_ping=True, connect_args=patience)
     except ModuleNotFoundError as error:

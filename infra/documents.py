@@ -13,10 +13,12 @@ from infra.errors import InvalidInput, NotFound
 Document = TypeVar("Document", bound=BaseModel)
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`Did you mean 'rank'?`, or the known words where none is close."""
+def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
+    """`Did you mean 'rank'?`, or the known words where none is close; each shown behind `prefix`."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."
+    if close:
+        return f"Did you mean '{prefix}{close[0]}'?"
+    return f"Known: {', '.join(f'{prefix}{each}' for each in sorted(known))}."
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -35,9 +37,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InvalidInput(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+        raise InvalidInput(
+            f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}).",
+            "Indent with spaces, and put quotes around a text that holds ': ' or begins with a special character.",
+        ) from None
     if not isinstance(content, dict):
-        raise InvalidInput(f"{path} holds {type(content).__name__}, but a mapping of keys is wanted.")
+        raise InvalidInput(
+            f"{path} holds {type(content).__name__}, but a mapping of keys is wanted.", "Write lines of KEY: VALUE."
+        )
     return content
 
 
@@ -50,13 +57,24 @@ def parse(document: type[Document], content: dict[str, Any], source: str, prefix
     try:
         return document.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(document, detail, prefix) for detail in error.errors(include_url=False)]
+        problems = [_explain(document, detail, prefix) for detail in _causes(error.errors(include_url=False))]
         raise InvalidInput("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without what only follows from another: a list is not too short when one of its items is wrong."""
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(other is not detail and other["loc"][: len(detail["loc"])] == detail["loc"] for other in details)
+    ]
 
 
 def _explain(document: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
     location = [str(part) for part in detail["loc"]]
-    name = ".".join([prefix, *location] if prefix else location)
+    name = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in [*filter(None, [prefix]), *location])
+    name = name.removeprefix(".")
     if detail["type"] == "extra_forbidden":
         return f"{name} is not an option. {did_you_mean(location[-1], _known_keys(document, location[:-1]))}"
     if detail["type"] == "missing":

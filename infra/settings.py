@@ -24,7 +24,8 @@ from infra.documents import did_you_mean
 from infra.errors import InvalidInput
 
 # Set by Regraft itself, for its own processes.
-_OTHER_VARIABLES = ["REGRAFT_CONFIG", "REGRAFT_DEBUG", "REGRAFT_SERVER"]
+_PREFIX = "REGRAFT_"
+_OTHER_VARIABLES = ["CONFIG", "DEBUG", "SERVER"]
 
 
 def default_home() -> Path:
@@ -52,7 +53,7 @@ def configuration_file() -> Path | None:
 class Settings(BaseSettings):
     """Where things are kept and which servers are used. Every field has an embedded default."""
 
-    model_config = SettingsConfigDict(env_prefix="REGRAFT_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
 
     home: Path = Field(default_factory=default_home, description="Root of everything that is kept locally.")
     database_url: SecretStr | None = Field(None, description="SQLAlchemy URL of the registry. Default: SQLite in home.")
@@ -133,11 +134,11 @@ def get_settings() -> Settings:
     source = configuration_file()
     if source is not None and not source.is_file():
         raise InvalidInput(f"REGRAFT_CONFIG names {source}, which is not there.", "Create it or unset the variable.")
-    known = [f"REGRAFT_{name.upper()}" for name in Settings.model_fields] + _OTHER_VARIABLES
+    known = [name.upper() for name in Settings.model_fields] + _OTHER_VARIABLES
     for name in os.environ:
-        if name.startswith("REGRAFT_") and name.upper() not in known:
+        if name.startswith(_PREFIX) and (suffix := name.removeprefix(_PREFIX).upper()) not in known:
             raise InvalidInput(
-                f"{name} is not a setting. {did_you_mean(name, known)}", "Correct or unset the variable."
+                f"{name} is not a setting. {did_you_mean(suffix, known, _PREFIX)}", "Correct or unset the variable."
             )
     try:
         return Settings()

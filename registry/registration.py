@@ -27,7 +27,7 @@ from registry.artifacts import ArtifactStore
 from registry.content_store import manifest_of
 from registry.database import Database
 from registry.models import Adapter, BaseModel, Dataset, JournalState, Version, VersionState
-from registry.records import DatasetRecord, Parent, short
+from registry.records import BaseModelRecord, DatasetRecord, Parent, short
 from registry.tracking import Tracking, artifact_source
 
 KIND = "register"
@@ -146,19 +146,19 @@ class Registration:
                 journal.abandon(session, entry)
 
 
-def require_same_base(files: AdapterFiles, base_identity: str, directory: Path) -> None:
+def require_same_base(files: AdapterFiles, base: BaseModelRecord, directory: Path) -> None:
     """The directory's own `regraft.json`, where there is one, must name the base model that it is registered for.
 
     Raises:
         BaseModelMismatch: it names another.
     """
-    base = (files.regraft or {}).get("base")
-    named = base.get("identity") if isinstance(base, dict) else None
-    if named is not None and named != base_identity:
+    said = (files.regraft or {}).get("base")
+    named = said.get("identity") if isinstance(said, dict) else None
+    if isinstance(said, dict) and named is not None and named != base.identity_sha256:
         raise BaseModelMismatch(
-            f"{directory} was trained on the base model with identity {short(str(named))}; "
-            f"it cannot be registered for the one with identity {short(base_identity)}.",
-            "Name the base model it was trained on.",
+            f"{directory} was trained on {said.get('reference')} (identity {short(str(named))}); it cannot be "
+            f"registered for {base.name} (identity {short(base.identity_sha256)}).",
+            "Name the base model it was trained on: regraft base list",
         )
 
 

@@ -162,7 +162,7 @@ class AdapterRegistry:
             dataset=dataset,
             parents=parents,
         )
-        require_same_base(inspect_adapter(Path(directory)), base_identity, Path(directory))
+        require_same_base(inspect_adapter(Path(directory)), self.base_model(base_identity), Path(directory))
         version_id = Registration(self.database, self.store, self.tracking).register(Path(directory), announcement)
         with self.database.reading() as session:
             return VersionRecord.of(session.get_one(Version, version_id))

@@ -76,7 +76,11 @@ def train_recipe(
     prompts = PromptFormat(base.tokenizer, recipe.data.instruction_text)
     encoded, held_out = (
         encode(
-            map(prompts.training_text, examples), base.tokenizer, max_length=options.max_length, loss_on=options.loss_on
+            map(prompts.training_text, examples),
+            base.tokenizer,
+            max_length=options.max_length,
+            loss_on=options.loss_on,
+            named=lambda number, part=examples: part[number - 1].place or f"Example {number}",  # type: ignore[misc]
         )
         for examples in (train_examples, validation_examples)
     )

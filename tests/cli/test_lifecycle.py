@@ -150,6 +150,8 @@ def test_promotion_by_the_gate_by_force_and_back(trained: dict[str, Any], policy
 
     other = json.loads(run_here("train", f"{ADAPTER}@1", "--no-evaluate", "--set", "seed=3", "--json").out)["address"]
     assert run_here("promote", f"{ADAPTER}@1", "--policy", policy["lenient"]).code == 0
+    again = clean(run_here("promote", f"{ADAPTER}@1", "--policy", policy["lenient"]))
+    assert f"confirmed  production was and is {ADAPTER}@1" in again
 
     refused = run_here("promote", other, "--policy", policy["strict"])
     assert (refused.code, refused.err) == (7, "")
@@ -217,6 +219,11 @@ def test_an_error_within_a_flow_is_told_once(
         ({"data": {"file": "nowhere.jsonl"}}, 3, "nowhere.jsonl is not there."),
         ({"data": {"file": "empty-row.jsonl"}}, 2, "empty-row.jsonl line 2: completion is empty."),
         ({"training": {"steps": 1, "max_length": 5}}, 2, "training.max_length allows 5"),
+        (
+            {"data": {"file": "long-row.jsonl", "fractions": {"validation": 0.0, "test": 0.0}}},
+            2,
+            "long-row.jsonl line 1 is 3,009 tokens long",
+        ),
     ],
 )
 def test_a_training_that_cannot_succeed_registers_nothing(
@@ -226,6 +233,7 @@ def test_a_training_that_cannot_succeed_registers_nothing(
     (recipe.parent / "empty-row.jsonl").write_text(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": " "}\n'
     )
+    (recipe.parent / "long-row.jsonl").write_text(json.dumps({"prompt": "a" * 3000, "completion": "b"}) + "\n")
     result = run_here("train", str(recipe))
     assert (result.code, result.out) == (code, "")
     assert told in result.err
@@ -270,7 +278,9 @@ def test_export_writes_into_no_folder_that_holds_something(trained: dict[str, An
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_import_that_must_not_be_trusted_is_refused(trained: dict[str, Any], exported: Path, tmp_path: Path) -> None:
+def test_an_import_that_must_not_be_trusted_is_refused(
+    trained: dict[str, Any], base: Path, exported: Path, tmp_path: Path
+) -> None:
     weights = exported / "adapter_model.safetensors"
     whole = weights.read_bytes()
 
@@ -298,7 +308,9 @@ def test_an_import_that_must_not_be_trusted_is_refused(trained: dict[str, Any], 
 
     other = save_tiny_llama(tmp_path / "other", seed=72)
     elsewhere = refused("--base", f"path:{other}")
-    assert (elsewhere.code, "was trained on the base model with identity" in elsewhere.err) == (6, True)
+    assert elsewhere.code == 6
+    assert f"was trained on path:{base} (identity " in elsewhere.err
+    assert "it cannot be registered for other (identity " in elsewhere.err
 
     assert run_here("import", str(exported), "../smuggled", "--base", "walked-base").code == 2
 
@@ -353,10 +365,14 @@ def test_a_base_model_that_is_known_keeps_its_name(trained: dict[str, Any], base
     assert "another" not in clean(run_here("base", "list"))
 
 
-def test_a_deprecated_base_model_names_whom_it_strands(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_deprecated_base_model_names_whom_it_strands_and_is_warned_of(
+    trained: dict[str, Any], write_recipe: WriteRecipe, base: Path, tmp_path: Path
+) -> None:
     successor = save_tiny_llama(tmp_path / "successor", seed=73)
     clean(run_here("base", "add", f"path:{successor}", "--name", "successor"))
     stranded = clean(run_here("base", "deprecate", "walked-base", "--successor", "successor"))
     assert f"{ADAPTER}@1" in stranded
     assert "Successor: successor" in stranded
     assert "successor" in clean(run_here("base", "list", width=160)).split("walked-base")[1].splitlines()[0]
+    warned = run_here("train", str(write_recipe("latecomer", base=f"path:{base}")), "--no-evaluate")
+    assert (warned.code, "! walked-base is deprecated; its successor is successor." in warned.err) == (0, True)

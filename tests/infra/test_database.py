@@ -148,5 +148,10 @@ def test_what_is_no_database_url_is_refused_without_its_password(url: str) -> No
 
 
 def test_a_missing_driver_is_named() -> None:
-    with pytest.raises(InvalidInput, match="MySQLdb"):
+    with pytest.raises(InvalidInput, match="pg8000"):
+        engine_for("postgresql+pg8000://ada:hunter2@db/x")
+
+
+def test_a_database_that_regraft_does_not_know_is_named_without_its_password() -> None:
+    with pytest.raises(InvalidInput, match=r"mysql://ada:\*\*\*@db/x is neither SQLite nor PostgreSQL"):
         engine_for("mysql://ada:hunter2@db/x")

@@ -63,6 +63,12 @@ def test_a_variable_that_is_no_setting_is_refused(monkeypatch: pytest.MonkeyPatc
         get_settings()
 
 
+def test_the_common_prefix_makes_no_word_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGRAFT_FOO", "2")
+    with pytest.raises(InvalidInput, match="Known: REGRAFT_ACTOR, "):
+        get_settings()
+
+
 def test_aliases_in_the_environment_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGRAFT_PROTECTED_ALIASES", "production, canary")
     assert get_settings().protected_aliases == ("production", "canary")

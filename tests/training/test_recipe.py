@@ -55,7 +55,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"training": {"early_stopping": 2}}, "early_stopping needs validate_every"),
         ({"data": {"task": "object_countin"}}, "Did you mean 'object_counting'?"),
         ({"data": {}}, "exactly one of task, file and dataset"),
-        ({"evaluation": [{"metrc": "exact_match"}]}, "metrc is not an option. Did you mean 'metric'?"),
+        ({"evaluation": [{"metrc": "exact_match"}]}, "evaluation[0].metrc is not an option. Did you mean 'metric'?"),
         ({"seed": -1}, "seed"),
         ({"method": "prefix-tuning", "training": {"gradient_checkpointing": True}}, "does not go with 'prefix-tuning'"),
     ],

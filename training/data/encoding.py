@@ -1,6 +1,6 @@
 """Text to numbers: prompt and completion become input ids and labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ def encode(
     *,
     max_length: int,
     loss_on: Literal["completion", "everything"] = "completion",
+    named: Callable[[int], str] = "Example {}".format,
 ) -> list[Encoded]:
     """Encode (prompt, completion) texts for a causal language model.
 
@@ -43,6 +44,7 @@ def encode(
         tokenizer: of the base model.
         max_length: tokens of prompt and completion together.
         loss_on: which tokens are labelled.
+        named: what to call an example, by its number from 1, in a message.
 
     Raises:
         InvalidInput: an example is too long, or has no token that could be labelled.
@@ -52,11 +54,11 @@ def encode(
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         after = tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
         ids = (*before, *after)
-        _check_length(number, len(ids), max_length)
+        _check_length(named(number), len(ids), max_length)
         first = max(1, len(before)) if loss_on == "completion" else 1
         if first >= len(ids):
             raise InvalidInput(
-                f"Example {number} has no token to learn: its {loss_on} is empty once tokenised.",
+                f"{named(number)} has no token to learn: its {loss_on} is empty once tokenised.",
                 "Give it a completion, or remove it.",
             )
         encoded.append(Encoded(ids, (*[IGNORE] * first, *ids[first:])))
@@ -73,7 +75,7 @@ def encode_sequence_to_sequence(texts: Iterable[tuple[str, str]], tokenizer: Any
     for number, (source, target) in enumerate(texts, start=1):
         ids = tokenizer(source)["input_ids"]
         labels = tokenizer(text_target=target)["input_ids"]
-        _check_length(number, max(len(ids), len(labels)), max_length)
+        _check_length(f"Example {number}", max(len(ids), len(labels)), max_length)
         if not target:
             raise InvalidInput(f"Example {number} has no target.", "Give it a completion, or remove it.")
         encoded.append(Encoded(tuple(ids), tuple(labels)))
@@ -91,7 +93,7 @@ def encode_classification(
     encoded = []
     for number, (text, name) in enumerate(texts, start=1):
         ids = tokenizer(text)["input_ids"]
-        _check_length(number, len(ids), max_length)
+        _check_length(f"Example {number}", len(ids), max_length)
         if name not in classes:
             raise InvalidInput(f"Example {number} is of class '{name}', which is none of {', '.join(classes)}.")
         encoded.append(Encoded(tuple(ids), (list(classes).index(name),)))
@@ -113,7 +115,7 @@ def encode_masked(
     special = set(tokenizer.all_special_ids)
     for number, text in enumerate(texts, start=1):
         ids = list(tokenizer(text)["input_ids"])
-        _check_length(number, len(ids), max_length)
+        _check_length(f"Example {number}", len(ids), max_length)
         places = [place for place, token in enumerate(ids) if token not in special]
         if not places:
             raise InvalidInput(f"Example {number} has no token that could be masked.", "Remove it.")
@@ -130,10 +132,10 @@ def encode_masked(
     return encoded
 
 
-def _check_length(number: int, length: int, limit: int) -> None:
+def _check_length(name: str, length: int, limit: int) -> None:
     if length > limit:
         raise InvalidInput(
-            f"Example {number} is {length:,} tokens long; training.max_length allows {limit:,}.",
+            f"{name} is {length:,} tokens long; training.max_length allows {limit:,}.",
             f"Raise training.max_length to {length} or more, or leave such examples out: "
             f"selection: {{max_length: {limit}, too_long: drop}}",
         )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +14,13 @@ class Example:
         prompt: what the model is given.
         completion: what it should answer, without leading space or end-of-text mark.
         choices: for multiple choice, the candidate completions, `completion` among them.
+        place: where it was read (`data.jsonl line 17`), for messages; no part of what the example is.
     """
 
     prompt: str
     completion: str
     choices: tuple[str, ...] = ()
+    place: str = field(default="", compare=False, repr=False)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -40,7 +40,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         place = f"{path.name} line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             raise InvalidInput(
                 f"{place} is not JSON: {error.msg} at column {error.colno}.", "Each line is one JSON object."

@@ -67,7 +67,7 @@ def _example(place: str, row: dict[str, Any], columns: Columns) -> Example:
     prompt = _text(place, columns.prompt, _value(place, row, "prompt", columns.prompt))
     completion = _text(place, columns.completion, _value(place, row, "completion", columns.completion)).strip()
     if columns.choices is None:
-        return Example(prompt, completion)
+        return Example(prompt, completion, place=place)
     choices = _value(place, row, "choices", columns.choices)
     if isinstance(choices, str):
         try:
@@ -76,13 +76,15 @@ def _example(place: str, row: dict[str, Any], columns: Columns) -> Example:
             choices = None
     if not isinstance(choices, list) or not choices:
         raise InvalidInput(f"{place}: {columns.choices} is not a list.", 'Write it as ["Yes", "No"].')
-    return Example(prompt, completion, tuple(_text(place, columns.choices, choice).strip() for choice in choices))
+    return Example(
+        prompt, completion, tuple(_text(place, columns.choices, choice).strip() for choice in choices), place
+    )
 
 
 def _from_messages(place: str, row: dict[str, Any], column: str) -> Example:
     messages = _value(place, row, "messages", column)
     prompt, completion = last_exchange(place, messages)
-    return Example(_text(place, column, prompt), _text(place, column, completion).strip())
+    return Example(_text(place, column, prompt), _text(place, column, completion).strip(), place=place)
 
 
 def _value(place: str, row: dict[str, Any], key: str, column: str) -> Any:

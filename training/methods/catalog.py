@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from infra.documents import did_you_mean
-from infra.errors import InvalidInput
+from infra.errors import NotFound
 
 if TYPE_CHECKING:
     from training.methods.contract import Method
@@ -26,11 +26,9 @@ def get_method(name: str) -> "Method[Any]":
     """The method called `name`, imported when first asked for.
 
     Raises:
-        InvalidInput: no such method; suggests the closest name.
+        NotFound: no such method; suggests the closest name.
     """
     if name not in CATALOG:
-        raise InvalidInput(
-            f"'{name}' is not a method. {did_you_mean(name, list(CATALOG))}", "See: regraft methods list"
-        )
+        raise NotFound(f"'{name}' is not a method. {did_you_mean(name, list(CATALOG))}", "See: regraft methods list")
     method: Method[Any] = import_module(CATALOG[name]).METHOD
     return method

@@ -114,9 +114,10 @@ def _fitting(
         elif config.too_long == "drop":
             too_long += 1
         else:
+            which = example.place or f"Training example {number:,}"
             raise InvalidInput(
-                f"Training example {number:,} has {length:,} {config.unit}, above selection.max_length "
-                f"{config.max_length:,}: {_shortened(example.prompt)}",
+                f"{which} has {length:,} {config.unit}, above selection.max_length {config.max_length:,}: "
+                f"{_shortened(example.prompt)}",
                 "Raise selection.max_length, or set selection.too_long to drop.",
             )
     return fitting, too_short, too_long

@@ -168,6 +168,7 @@ def test_an_empty_file_is_refused(tmp_path, name):
     ("line", "match"),
     [
         ('{"prompt": "x" "completion": "y"}', "is not JSON: Expecting ',' delimiter at column 16"),
+        ('{"prompt": "x", "completion": "y"', "is not JSON: Expecting ',' delimiter at column 34"),
         ('["x", "y"]', "is a JSON array"),
         ('"x"', "is a JSON string"),
         ("null", "is a JSON null"),
