@@ -14,6 +14,7 @@ CATALOG: dict[str, str] = {
     "lora": "training.methods.lora",
     "rslora": "training.methods.rslora",
     "dora": "training.methods.dora",
+    "pissa": "training.methods.pissa",
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",

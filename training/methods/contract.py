@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,13 @@ Batch = Mapping[str, Tensor]
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class Starts(Protocol):
+    """Keeps tensors that an initialisation has computed."""
+
+    def get(self, what: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors kept for `what`, a JSON-like description of all that decides them; made if there are none."""
 
 
 class MethodConfig(BaseModel):
@@ -86,6 +93,8 @@ class AttachContext:
         calibration: draws calibration batches, lazily; None where none can be had.
         tasks: names of the tasks trained together (routing methods).
         total_steps: optimiser steps of the training to come (schedules inside a method).
+        starts: keeps what an initialisation has computed, for this base model and these calibration data.
+        progress: hears (stage, done, total) of a long initialisation.
     """
 
     seed: int = 0
@@ -93,6 +102,17 @@ class AttachContext:
     calibration: Callable[[], Iterable[Batch]] | None = None
     tasks: tuple[str, ...] = ()
     total_steps: int | None = None
+    starts: Starts | None = None
+    progress: Callable[[str, int, int], None] | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Tell whoever listens how far a long initialisation is."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def start(self, what: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that take long to compute: what `make` gives, or what it gave for the same `what` before."""
+        return make() if self.starts is None else self.starts.get({"seed": self.seed, **what}, make)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator at this context's seed."""

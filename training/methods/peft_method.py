@@ -79,7 +79,7 @@ class PeftAdapted(Adapted):
         merged: PeftModel = copy.deepcopy(self.model)
         for layer in merged.modules():
             if isinstance(layer, BaseTunerLayer):
-                _own_weight(merged, layer.get_base_layer())
+                own_weight(merged, layer.get_base_layer())
         try:
             base: nn.Module = merged.merge_and_unload(safe_merge=True, adapter_names=[self.name])
         except ValueError as error:
@@ -251,7 +251,7 @@ def _check_name(base: nn.Module, name: str, prefix: str) -> None:
         )
 
 
-def _own_weight(model: nn.Module, layer: Any) -> None:
+def own_weight(model: nn.Module, layer: Any) -> None:
     """Untie a layer's weight from whatever shares it, so that folding into one does not change the other."""
     weight = layer.weight
     sharers = [module for module in model.modules() if getattr(module, "_parameters", {}).get("weight") is weight]
