@@ -53,7 +53,8 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
     Raises:
         InvalidInput: its update is not of low rank, or changes more than weights.
     """
-    tensors, ranks = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     slots = adapted.slots() if isinstance(adapted, InjectedAdapted) else {}
     for place, slot in slots.items():
         if not hasattr(slot, "low_rank"):
