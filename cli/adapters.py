@@ -1,6 +1,7 @@
 """`regraft adapters`: what the registry holds."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -100,12 +101,18 @@ def history(name: str, as_json: Json = False) -> None:
             f"[{colours.get(p.decision, 'yellow')}]{p.decision}[/]",
             f"{_number(p.from_address)} → {_number(p.to_address)}",
             escape(p.actor),
-            escape(p.reason or "–"),
+            escape(p.reason or _failed_checks(p.report) or "–"),
         )
         for p in log
     ]
     columns = ("when (UTC)", "alias", "decision", "move", "~who", "~why")
     show(columns, rows, f"Nothing was decided about {name} yet.")
+
+
+def _failed_checks(report: "Mapping[str, Any]") -> str:
+    """What a verdict asked for and did not get, with the numbers."""
+    failed = [check for check in report.get("checks", ()) if not check["passed"]]
+    return "; ".join(f"{check['name']} {check['required']}: {check['measured']}" for check in failed)
 
 
 def _tell_versions(registry: "AdapterRegistry", versions: "list[VersionRecord]") -> None:

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 WIDE = 100  # columns of a terminal from which on a table shows what it can do without
+WORD = 12  # columns that a cell whose text may wrap needs at the least
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 
@@ -36,10 +38,22 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], nothing: str) ->
         nothing: what to say instead of an empty table.
     """
     shown = [number for number, column in enumerate(columns) if not column.startswith("+") or console.width >= WIDE]
-    grid = table(*(columns[number].removeprefix("+") for number in shown))
-    for row in rows:
-        grid.add_row(*(row[number] for number in shown))
-    console.print(grid if grid.row_count else f"[dim]{nothing}[/]")
+    names = [columns[number].removeprefix("+") for number in shown]
+    cells = [[row[number] for number in shown] for row in rows]
+    whole = [max(_width(cell) for cell in column) for column in zip(names, *cells, strict=True)]
+    least = sum(min(width, WORD) if name.startswith("~") else width for name, width in zip(names, whole, strict=True))
+    grid = table(*names)
+    if least + 2 * (len(names) - 1) > console.width:  # rather in two lines than cut: a name is there to be copied
+        for column in grid.columns:
+            column.no_wrap = False
+    for row_cells in cells:
+        grid.add_row(*row_cells)
+    console.print(grid if cells else f"[dim]{nothing}[/]")
+
+
+def _width(cell: str) -> int:
+    """Columns of the terminal that a cell's longest line takes."""
+    return max((Text.from_markup(line).cell_len for line in cell.splitlines()), default=0)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> None:

@@ -1,59 +1,72 @@
 """`regraft db` and `regraft fsck`: the registry's own health."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cli.console import Json, console, errors, print_json, show
 
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
 app = typer.Typer(help="The registry's database: its revision, upgrade, downgrade.", no_args_is_help=True)
 
 
 @app.command("current")
-def current() -> None:
+def current(as_json: Json = False) -> None:
     """The database's revision, and the one that this Regraft wants."""
-    from infra.database import create_engine
-    from infra.settings import get_settings
     from registry.schema import current_revision, head_revision
 
-    engine = create_engine(get_settings())
-    console.print(f"database {current_revision(engine) or 'empty'}, this Regraft {head_revision()}")
+    with _engine() as engine:
+        at = current_revision(engine)
+    if as_json:
+        print_json({"database": at, "head": head_revision()})
+    else:
+        console.print(f"database {at or 'empty'}, this Regraft {head_revision()}")
 
 
 @app.command("upgrade")
 def upgrade() -> None:
     """Bring the database to the revision that this Regraft wants. Back it up first."""
-    from infra.database import create_engine
-    from infra.settings import get_settings
     from registry.schema import current_revision
     from registry.schema import upgrade as upgrade_schema
 
-    engine = create_engine(get_settings())
-    before = current_revision(engine)
-    upgrade_schema(engine)
-    console.print(f"{before or 'empty'} → {current_revision(engine)}")
+    with _engine() as engine:
+        before = current_revision(engine)
+        upgrade_schema(engine)
+        console.print(f"{before or 'empty'} → {current_revision(engine)}")
 
 
 @app.command("downgrade")
-def downgrade(revision: Annotated[str, typer.Argument(help="A revision, or 'base' to drop every table.")]) -> None:
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="A revision, or 'base' to drop every table.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
     """Take the database back to an older revision. Columns and tables that came later are lost."""
-    from alembic.util import CommandError
-
-    from infra.database import create_engine
-    from infra.errors import InvalidInput
-    from infra.settings import get_settings
-    from registry.schema import current_revision
+    from registry.schema import current_revision, require_revision
     from registry.schema import downgrade as downgrade_schema
 
-    engine = create_engine(get_settings())
-    before = current_revision(engine)
-    typer.confirm(f"Downgrade from {before} to {revision}, losing what came later?", abort=True)
-    try:
+    require_revision(revision)
+    with _engine() as engine:
+        before = current_revision(engine)
+        if not yes:
+            typer.confirm(f"Downgrade from {before} to {revision}, losing what came later?", abort=True)
         downgrade_schema(engine, revision)
-    except CommandError as error:
-        raise InvalidInput(f"{error}.", "See: regraft db current") from None
-    console.print(f"{before} → {current_revision(engine) or 'empty'}")
+        console.print(f"{before} → {current_revision(engine) or 'empty'}")
+
+
+@contextmanager
+def _engine() -> "Iterator[Engine]":
+    """The registry's database; what is wrong with it as such is told in a sentence."""
+    from infra.database import create_engine, errors_explained
+    from infra.settings import get_settings
+
+    settings = get_settings()
+    with errors_explained(settings.registry_url):
+        yield create_engine(settings)
 
 
 def fsck(

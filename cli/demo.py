@@ -70,8 +70,12 @@ def _meet_base_and_data(recipe: "Recipe") -> None:
     _line(
         2,
         "data",
-        f"{recipe.data.name}  {sizes.train:,} train / {sizes.validation} validation / {sizes.test} test, disjoint; "
-        f"{len(selected.train)} selected",
+        f"{recipe.data.name}  {sizes.train:,} train / {sizes.validation} validation / {sizes.test} test, disjoint",
+    )
+    _line(
+        None,
+        "",
+        f"{len(selected.train)} selected to train on",
     )
 
 
@@ -108,7 +112,7 @@ def _compare(after: "SuiteResult", bare: "list[SuiteResult]") -> float:
     assert after.dataset_fingerprint == best.dataset_fingerprint, "both were shown the same items"
     p = paired_test(after.outcomes, best.outcomes).p_value
     significance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    _line(5, "after", f"{_shown(after)}   [bold]{points:+.1f} points[/] over the better of the two   {significance}")
+    _line(5, "after", f"{_shown(after)}   [bold]{points:+.1f} points[/] over the better   {significance}")
     return points
 
 

@@ -34,10 +34,6 @@ def evaluate(
     from cli.session import connect_flows, live_progress
     from cli.train import tell_results
     from infra.errors import InvalidInput, NotFound
-
-    connect_flows()
-    from flows.evaluate_adapter import compare_versions, evaluate_adapter, evaluate_base, run_harness_tasks
-    from flows.suites import suites_for
     from registry import AdapterRegistry
 
     registry = AdapterRegistry()
@@ -55,6 +51,12 @@ def evaluate(
             f"'{subject}' is a base model: say on which task to measure it.",
             f"regraft evaluate {subject} --task NAME; for the names: regraft tasks list",
         )
+    for address in filter(None, [subject if is_version else None, against]):
+        registry.get(address)
+    connect_flows()  # what needs no server has come first
+    from flows.evaluate_adapter import compare_versions, evaluate_adapter, evaluate_base, run_harness_tasks
+    from flows.suites import suites_for
+
     with live_progress():
         if harness:
             results = run_harness_tasks(subject, harness, limit=samples)

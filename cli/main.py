@@ -30,7 +30,7 @@ from infra.errors import RegraftError
 
 app = typer.Typer(
     name="regraft",
-    help="The whole life of a fine-tuned adapter: train, judge, promote, use, and regraft onto a new base model.",
+    help="The whole life of a fine-tuned adapter: train, judge, promote, use.",
     epilog="First time here? Try: regraft demo. Something odd? Try: regraft doctor.",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def promote(
-    address: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")],
     to: Annotated[str, typer.Option("--to", metavar="ALIAS", help="The alias to move.")] = "production",
     policy: Annotated[
-        Path | None, typer.Option(help="A policy (YAML). Default: policies/NAME.yaml, else the built-in one.")
+        Path | None,
+        typer.Option(
+            help="A policy (YAML). Default: policies/NAME.yaml, policies/default.yaml, else the built-in one."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Move the alias even if the gate refuses.")] = False,
     reason: Annotated[str | None, typer.Option(help="Why; --force needs it. Goes to the audit log.")] = None,
@@ -31,11 +34,15 @@ def promote(
       [bold]regraft promote counting@7 --to production --force --reason "hotfix, agreed with Ada"[/]
     """
     from cli.session import connect_flows, live_progress
+    from registry import AdapterRegistry
+    from registry.addresses import alias_name
     from registry.gate import require_reason
     from registry.policy import Policy
 
     require_reason(force, reason)  # what needs no server comes first
     chosen = Policy.load(policy) if policy else None
+    AdapterRegistry().get(address)
+    alias_name(to)
     connect_flows()
     from flows.promote_adapter import promote_adapter
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.lost_runs import mark_crashed
+from flows.run_states import mark_crashed
 from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry.tracking import Tracking

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.evaluate_adapter import evaluate_adapter
 from flows.reports import report_table
-from flows.suites import default_suites, suite_named, title
+from flows.suites import default_suites, prepare, suite_named, title
 from infra.errors import GateRefused, NotFound
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -62,8 +62,8 @@ def promote_adapter(
         address: the candidate, `name@7`.
         alias: what it is to become.
         policy: what is asked. Default: `policies/NAME.yaml`, `policies/default.yaml` (of the working directory, then of
-            Regraft's home), else every suite of the candidate's recipe on at least 100 items, at most one point worse
-            than the holder.
+            Regraft's home), else every suite of the candidate's recipe on at least 100 items (all, where there are
+            fewer), at most one point worse than the holder.
         force: move the alias whatever the verdict; needs a reason.
         reason: goes into the log.
 
@@ -105,7 +105,7 @@ def policy_of(candidate: VersionRecord, recipe: Recipe | None) -> Policy:
         SuitePolicy(
             suite=title(suite, recipe),
             metric=suite.metric,
-            minimum_samples=min(suite.samples, _DEFAULT_SAMPLES),
+            minimum_samples=min(len(prepare(suite, recipe).examples), _DEFAULT_SAMPLES),
             max_regression=_DEFAULT_REGRESSION,
         )
         for suite in default_suites(recipe)

@@ -17,6 +17,7 @@ from flows.gpu import gpu_slot
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.reports import report_curve, report_recipe
+from flows.run_states import cancel_if_interrupted
 from flows.select_data import SelectedData, select_data
 from infra.errors import InvalidInput, RegraftError, ServiceUnavailable
 from infra.settings import get_settings
@@ -56,7 +57,7 @@ class TrainedVersion(BaseModel):
     unchanged: bool = False
 
 
-@flow(name="train-adapter", flow_run_name="train {recipe.adapter}")
+@flow(name="train-adapter", flow_run_name="train {recipe.adapter}", on_failure=[cancel_if_interrupted])
 def train_adapter(
     recipe: Recipe, fresh: bool = False, evaluate: bool = True, only_if_data_changed: bool = False
 ) -> TrainedVersion:

@@ -36,9 +36,15 @@ def create_engine(settings: Settings) -> sa.Engine:
     otherwise fail with "database is locked" as soon as somebody wrote in between. Use `read_only` for pure reads.
 
     Raises:
-        InvalidInput: the URL is malformed, or its driver is not installed.
+        InvalidInput: the URL is malformed, another kind of database, or its driver is not installed.
     """
-    return engine_for(settings.registry_url)
+    url = settings.registry_url
+    if not normalised_url(url).startswith(("sqlite", "postgresql")) and "://" in url:
+        raise InvalidInput(
+            f"{redacted_url(url)} is neither SQLite nor PostgreSQL, where Regraft keeps its tables.",
+            "Write sqlite:////absolute/path.db or postgresql://USER:PASSWORD@HOST:PORT/DATABASE in database_url.",
+        )
+    return engine_for(url)
 
 
 def engine_for(url: str) -> sa.Engine:
@@ -51,11 +57,6 @@ def engine_for(url: str) -> sa.Engine:
         parsed = sa.make_url(normalised_url(url))
         if parsed.get_backend_name() == "sqlite":
             return _sqlite_engine(parsed)
-        if parsed.get_backend_name() != "postgresql":
-            raise InvalidInput(
-                f"{redacted_url(url)} is neither SQLite nor PostgreSQL, where Regraft keeps its tables.",
-                "Write sqlite:////absolute/path.db or postgresql://USER:PASSWORD@HOST:PORT/DATABASE in database_url.",
-            )
         patience = {"connect_timeout": POSTGRES_CONNECT_SECONDS} if parsed.drivername == "postgresql+psycopg" else {}
         return sa.create_engine(parsed, pool_pre_ping=True, connect_args=patience)
     except ModuleNotFoundError as error:
@@ -142,6 +143,7 @@ _SYMPTOMS = (
     ("database is locked", "is held by another process", "Try again; `regraft doctor` shows what runs."),
     ("disk is full", "has no room left", "Free disk space, then try again."),
     ("disk I/O error", "cannot be written", "Check the disk and its free space: regraft doctor"),
+    ("unable to open database file", "cannot be opened", "Check the owner and mode of the file and of its folder."),
     ("readonly database", "may not be written", "Check the owner and mode of the file and of its folder."),
     ("not a database", "is not a SQLite file, or it is damaged", "Restore it from a backup."),
     ("malformed", "is damaged", "Restore it from a backup."),

@@ -41,6 +41,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}).",
             "Indent with spaces, and put quotes around a text that holds ': ' or begins with a special character.",
         ) from None
+    if content is None:
+        raise InvalidInput(f"{path} is empty.", "Write lines of KEY: VALUE.")
     if not isinstance(content, dict):
         raise InvalidInput(
             f"{path} holds {type(content).__name__}, but a mapping of keys is wanted.", "Write lines of KEY: VALUE."
@@ -79,6 +81,8 @@ def _explain(document: type[BaseModel], detail: ErrorDetails, prefix: str) -> st
         return f"{name} is not an option. {did_you_mean(location[-1], _known_keys(document, location[:-1]))}"
     if detail["type"] == "missing":
         return f"{name} is missing."
+    if detail["type"] == "too_short" and not detail.get("input"):
+        return f"{name} is empty."
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     given = detail.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""

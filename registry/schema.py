@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, make_url
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from infra.database import create_engine, engine_for, errors_explained, read_only, redacted_url
-from infra.errors import RegraftError, ServiceUnavailable
+from infra.errors import NotFound, RegraftError, ServiceUnavailable
 from infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ def migrations_directory() -> Path:
 
 def head_revision() -> str:
     """The newest revision that this code knows."""
+    return _revisions()[-1]
+
+
+def _revisions() -> list[str]:
     names = (path.name for path in (migrations_directory() / "versions").iterdir())
-    return max(match[1] for name in names if (match := _REVISION_FILE.fullmatch(name)))
+    return sorted(match[1] for name in names if (match := _REVISION_FILE.fullmatch(name)))
 
 
 def current_revision(engine: Engine) -> str | None:
@@ -107,6 +111,17 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
 
     with _ONE_AT_A_TIME, engine.begin() as connection:
         command.upgrade(_config(connection), revision)
+
+
+def require_revision(revision: str) -> None:
+    """Make sure that a migration leads to `revision`.
+
+    Raises:
+        NotFound: none does; names those that there are.
+    """
+    known = ["base", *_revisions()]
+    if revision not in known:
+        raise NotFound(f"There is no revision '{revision}'.", f"Known: {', '.join(known)}.")
 
 
 def downgrade(engine: Engine, revision: str = "base") -> None:

@@ -220,3 +220,31 @@ def test_listings_of_an_empty_registry_are_valid_json(home: Path) -> None:
     for arguments in (("adapters", "list"), ("base", "list"), ("fsck", "--quick")):
         result = run_here(*arguments, "--json")
         assert (json.loads(result.out), result.err, result.code) == ([], "", 0)
+
+
+@pytest.mark.parametrize("arguments", [("promote", "nobody@1"), ("evaluate", "nobody@1")])
+def test_a_name_that_is_not_there_starts_no_server(home: Path, arguments: tuple[str, ...]) -> None:
+    assert run_here(*arguments).code == 3
+    assert not (home / "services").exists()
+
+
+def test_a_damaged_database_is_no_bug_of_regrafts(home: Path) -> None:
+    home.mkdir()
+    database = home / "registry.db"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE regraft_alembic_version (version_num TEXT)")
+        connection.execute("INSERT INTO regraft_alembic_version VALUES ('0001')")
+    connection.close()
+    whole = database.read_bytes()
+    database.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))  # every page but the first
+    for command in (("current",), ("upgrade",), ("downgrade", "base", "--yes")):
+        result = run_here("db", *command)
+        assert (result.code, "damaged" in result.err) == (8, True), result.err
+        assert one_message(result.err)
+
+
+def test_a_revision_that_never_was_is_refused_before_anything_is_asked(home: Path) -> None:
+    assert run_here("db", "upgrade").code == 0
+    assert json.loads(run_here("db", "current", "--json").out)["database"]
+    result = run_here("db", "downgrade", "zzz")
+    assert (result.code, "There is no revision 'zzz'" in result.err) == (3, True)

@@ -104,6 +104,7 @@ def test_ctrl_c_registers_nothing_and_the_same_command_goes_on_to_the_same_tenso
     assert stopped.err.count("\n") == 2
     assert [version.number for version in AdapterRegistry().versions("stopped")] == [1]
     assert sorted(runs_of("stopped")) == ["FINISHED", "KILLED"]
+    assert flow_states("stopped") == ["CANCELLED", "COMPLETED", "FAILED"]  # the one that came second failed
 
     resumed = ended(started("train", str(recipe), "--no-evaluate", "--json"))
     assert (resumed.code, resumed.err) == (0, "")

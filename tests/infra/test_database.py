@@ -154,4 +154,4 @@ def test_a_missing_driver_is_named() -> None:
 
 def test_a_database_that_regraft_does_not_know_is_named_without_its_password() -> None:
     with pytest.raises(InvalidInput, match=r"mysql://ada:\*\*\*@db/x is neither SQLite nor PostgreSQL"):
-        engine_for("mysql://ada:hunter2@db/x")
+        create_engine(Settings(database_url="mysql://ada:hunter2@db/x"))

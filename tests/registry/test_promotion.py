@@ -59,7 +59,7 @@ def test_a_policy_reads_from_yaml_with_defaults(tmp_path: Path) -> None:
     [
         ("suites: [{suite: a, minimun: 0.6}]", "Did you mean 'minimum'?"),
         ("defaults: {minimun: 0.6}\nsuites: [{suite: a}]", "Did you mean 'minimum'?"),
-        ("suites: []", "suites"),
+        ("suites: []", "suites is empty."),
         ("suits: [{suite: a}]", "Did you mean 'suites'?"),
         ("suites: [{suite: b}, {suite: a, significance: 2}]", "suites[1].significance"),
         ("suites: [{suite: a, minimum: .nan}]", "minimum"),
@@ -73,7 +73,7 @@ def test_a_policy_with_a_mistake_is_refused_and_explained(tmp_path: Path, text: 
     with pytest.raises(InvalidInput) as refused:
         Policy.load(path)
     assert said in str(refused.value) and "counting.yaml" in str(refused.value)
-    assert "should have at least" not in str(refused.value) or "[]" in text  # what only follows is not told
+    assert "should have at least" not in str(refused.value)  # what only follows is not told
 
 
 def test_an_adapters_own_policy_comes_before_the_default(tmp_path: Path) -> None:

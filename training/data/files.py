@@ -72,6 +72,11 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
             continue
         if header is None:
             header = fields
+            if delimiter == "," and len(header) == 1 and ";" in header[0]:
+                raise InvalidInput(
+                    f"{place}: its columns are separated by semicolons, not by commas.",
+                    "Write it with commas, or as TSV.",
+                )
             if len(set(header)) < len(header):
                 raise InvalidInput(f"{place}: two columns have the same name.", "Give each column its own name.")
         elif len(fields) != len(header):

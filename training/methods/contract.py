@@ -59,6 +59,7 @@ class MethodCard:
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         needs_calibration: `AttachContext.calibration` must be given.
         changes_base: trains the base's own parameters instead of adding some.
+        packing: trains on several examples in a row, told apart by their position ids.
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
     """
@@ -73,13 +74,14 @@ class MethodCard:
     identity_at_init: bool = True
     needs_calibration: bool = False
     changes_base: bool = False
+    packing: bool = True
     checkpointing: bool = True
     sharding: bool = True
 
     @property
     def refuses(self) -> list[str]:
         """The options under a recipe's `training` that do not go with the method."""
-        options = {"gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        options = {"packing": self.packing, "gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
         return [option for option, allowed in options.items() if not allowed]
 
 

@@ -67,6 +67,7 @@ class PrefixTuning(SoftPromptMethod[PrefixTuningConfig]):
         backbones=("llama", "gpt2", "gemma3_text", "t5"),
         merge="no",
         identity_at_init=False,
+        packing=False,
         checkpointing=False,
     )
 

@@ -53,6 +53,7 @@ class PromptTuning(SoftPromptMethod[PromptTuningConfig]):
         backbones=("llama", "gpt2", "gemma3_text", "bert", "t5"),
         merge="no",
         identity_at_init=False,
+        packing=False,
         sharding=False,  # peft looks the prompt's neighbours up outside the model's forward pass
     )
 

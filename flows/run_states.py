@@ -1,14 +1,16 @@
-"""Flow runs whose process was killed: Prefect goes on taking them for running until somebody says otherwise."""
+"""Ends of flow runs that Prefect cannot see for itself: a process that was killed, a stop that was asked for."""
 
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from flows.telling import tell_prefect
+from infra.errors import Interrupted
 
 
 def mark_crashed(flow_run_id: str, reason: str) -> None:
@@ -26,6 +28,19 @@ def mark_crashed(flow_run_id: str, reason: str) -> None:
                 run_id = _end(client, run_id, Crashed(message=reason))
 
     tell_prefect(f"that flow run {flow_run_id} is gone", mark)
+
+
+def cancel_if_interrupted(flow: Any, flow_run: Any, state: State) -> None:
+    """An `on_failure` hook of flows: who pressed Ctrl-C has cancelled the run, it has not failed."""
+    del flow
+    if not isinstance(state.data, Interrupted) and f"{Interrupted.__name__}:" not in (state.message or ""):
+        return
+
+    def mark() -> None:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, Cancelled(message=state.message), force=True)
+
+    tell_prefect(f"that flow run {flow_run.name} was stopped on purpose", mark)
 
 
 def _end(client: SyncPrefectClient, run_id: UUID, crashed: State) -> UUID | None:
