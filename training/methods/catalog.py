@@ -15,6 +15,8 @@ CATALOG: dict[str, str] = {
     "rslora": "training.methods.rslora",
     "dora": "training.methods.dora",
     "pissa": "training.methods.pissa",
+    "s2ft": "training.methods.s2ft",
+    "paca": "training.methods.paca",
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",
