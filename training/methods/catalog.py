@@ -17,6 +17,7 @@ CATALOG: dict[str, str] = {
     "pissa": "training.methods.pissa",
     "s2ft": "training.methods.s2ft",
     "paca": "training.methods.paca",
+    "ist": "training.methods.ist",
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",

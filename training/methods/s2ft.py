@@ -52,7 +52,9 @@ class S2ftConfig(MethodConfig):
     output: float = Field(0.052, ge=0, le=1, description=_HELP.format("heads", "attention's output projections"))
     down: float = Field(0.02, ge=0, le=1, description=_HELP.format("channels", "feed-forward's second layers"))
     value: float = Field(0.0, ge=0, le=1, description=_HELP.format("key-value heads", "value projections"))
-    up: float = Field(0.0, ge=0, le=1, description=_HELP.format("channels", "feed-forward's first layers (not the gate)"))
+    up: float = Field(
+        0.0, ge=0, le=1, description=_HELP.format("channels", "feed-forward's first layers (not the gate)")
+    )
     selection: Literal["random", "weight", "activation", "weight-activation", "gradient"] = Field(
         "random", description="What heads and channels are chosen by; the last three run the model on calibration data."
     )
@@ -135,9 +137,7 @@ class S2ft(InjectedMethod[S2ftConfig]):
             slots[place] = ColumnSlot(indices, m) if of_columns[place] else RowSlot(indices, n)
         return slots
 
-    def _choose(
-        self, model: nn.Module, config: S2ftConfig, score: Callable[[Structure], Tensor]
-    ) -> dict[str, Tensor]:
+    def _choose(self, model: nn.Module, config: S2ftConfig, score: Callable[[Structure], Tensor]) -> dict[str, Tensor]:
         """The features of the lowest scores of each pool, by layer."""
         chosen: dict[str, Tensor] = {}
         for pool in pools(model, config):

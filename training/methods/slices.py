@@ -61,7 +61,7 @@ class ColumnSlot(SliceSlot):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """y."""
-        output: Tensor = _Columns.apply(x, self.delta, self.indices, base, self.scale)
+        output: Tensor = _Columns.apply(x, self.delta, self.indices, base, self.scale)  # type: ignore[no-untyped-call]
         return output
 
     def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class RowSlot(SliceSlot):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """y."""
-        output: Tensor = _Rows.apply(x, self.delta_rows, self.indices, base, self.scale)
+        output: Tensor = _Rows.apply(x, self.delta_rows, self.indices, base, self.scale)  # type: ignore[no-untyped-call]
         return output
 
     def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class _Columns(torch.autograd.Function):
         return flat.view(output.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         picked, delta, indices, weight = ctx.saved_tensors
         g, for_x, for_delta = _flat(g), None, None
@@ -138,7 +138,7 @@ class _Rows(torch.autograd.Function):
         return flat.view(output.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, delta, indices, weight = ctx.saved_tensors
         g, for_x, for_delta = _flat(g), None, None

@@ -42,7 +42,7 @@ CASES = [
     Case("s2ft", {"output": 0, "down": 0, "value": 0.25, "up": 0.1}, label="rows"),
     Case("s2ft", {"output": 0.25, "down": 0.1, "selection": "gradient"}, label="gradient", draws=False),
     Case("paca", {"rank": 4, "alpha": 8}),
-    # Case("ist", {"rank": 4, "alpha": 8}),
+    Case("ist", {"rank": 4, "alpha": 8, "dropout": 0.0}),
     Case("ia3", draws=False),
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
