@@ -117,6 +117,7 @@ class Ist(Lora):
         family="selective / layers, training schedule",
         paper="Layer-wise Importance Matters: Less Memory for Better Performance in PEFT of LLMs, arXiv 2410.11772",
         needs_calibration=True,
+        sharding=False,  # not tried
     )
 
     def peft_config(self, model: nn.Module, config: LoraConfig) -> PeftConfig:

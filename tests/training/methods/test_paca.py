@@ -139,7 +139,9 @@ def test_every_column_is_full_fine_tuning_of_the_weight() -> None:
 
 
 def test_layers_draw_their_columns_apart() -> None:
-    draws = [tuple(slot.indices.tolist()) for slot in attached(tiny_llama(), targets=("q_proj", "k_proj")).slots().values()]
+    draws = [
+        tuple(slot.indices.tolist()) for slot in attached(tiny_llama(), targets=("q_proj", "k_proj")).slots().values()
+    ]
     assert len(set(draws)) == 4
 
 

@@ -66,7 +66,9 @@ def test_the_gradient_is_that_of_the_chosen_columns_and_rows(backbone: str) -> N
 
 def test_heads_are_whole_and_channels_single_in_the_numbers_that_the_ratios_say() -> None:
     chosen = indices(attached(tiny_llama(), **DENSE))
-    of = {role: [(p, i) for p, some in chosen.items() if role in p for i in some] for role in ("o_p", "v_p", "down", "up")}
+    of = {
+        role: [(p, i) for p, some in chosen.items() if role in p for i in some] for role in ("o_p", "v_p", "down", "up")
+    }
     assert len(of["down"]) == int(0.3 * 2 * 48) and len(of["up"]) == int(0.2 * 2 * 48)
     for role, heads in (("o_p", int(0.4 * 2 * 4)), ("v_p", int(0.6 * 2 * 2))):  # four query heads, two key-value heads
         units = {(place, index // 8) for place, index in of[role]}
@@ -197,7 +199,9 @@ def test_adapters_of_disjoint_channels_merge_in_either_order_to_the_same_bits(tm
 
 def expected_choice(scores: Mapping[str, Tensor], count: int, largest: bool) -> dict[str, list[int]]:
     """The units of the most extreme scores of a pool, by plain sorting."""
-    ranked = sorted(((v.item(), place, unit) for place, s in scores.items() for unit, v in enumerate(s)), reverse=largest)
+    ranked = sorted(
+        ((v.item(), place, unit) for place, s in scores.items() for unit, v in enumerate(s)), reverse=largest
+    )
     found: dict[str, list[int]] = {}
     for _, place, unit in ranked[:count]:
         found.setdefault(place, []).append(unit)
@@ -262,7 +266,10 @@ def test_a_kept_choice_is_taken_without_running_the_model() -> None:
     class Kept:
         def get(self, what: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
             told.append(what)
-            return {"model.layers.1.mlp.down_proj": torch.arange(9), "model.layers.0.self_attn.o_proj": torch.arange(16)}
+            return {
+                "model.layers.1.mlp.down_proj": torch.arange(9),
+                "model.layers.0.self_attn.o_proj": torch.arange(16),
+            }
 
     told: list[Mapping[str, Any]] = []
     config = S2FT.config_type(**SPARSE, selection="gradient")
@@ -286,14 +293,16 @@ def test_selection_by_data_needs_data(selection: str, calibration: Any) -> None:
 
 def test_an_architecture_without_known_layers_is_refused() -> None:
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
-    with pytest.raises(InvalidInput, match=r"the 'output' layers of ModuleDict, whose linear modules are first, second"):
+    with pytest.raises(
+        InvalidInput, match=r"the 'output' layers of ModuleDict, whose linear modules are first, second"
+    ):
         attached(model)
 
 
 def test_heads_that_do_not_fit_the_configuration_are_refused() -> None:
     model = tiny_llama()
     model.config.head_dim = 5
-    with pytest.raises(InvalidInput, match="cannot tell the heads of .*o_proj: 32 features, heads of 5"):
+    with pytest.raises(InvalidInput, match=r"cannot tell the heads of .*o_proj: 32 features, heads of 5"):
         attached(model)
     attached(model, output=0, down=0.1)
 
@@ -308,5 +317,5 @@ def test_a_file_without_one_of_the_layers_is_refused(tmp_path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if "layers.1.mlp.down_proj" not in name}
     save_file(tensors, path)
-    with pytest.raises(CorruptArtifact, match="trained weights, .* expected"):
+    with pytest.raises(CorruptArtifact, match=r"trained weights, .* expected"):
         S2FT.load(tiny_llama(), tmp_path)
