@@ -223,10 +223,9 @@ def _structure(model: nn.Module, name: str, layer: nn.Module, role: str) -> Stru
     m, n = shape(layer)
     if role in ("down", "up"):
         return Structure(name, role, n if role == "down" else m, 1, 0, m if role == "down" else n)
-    features, first = (n, 0) if role == "output" else (m, 0)
-    if isinstance(layer, Conv1D) and name.endswith("c_attn"):  # queries, keys and values in one
-        features, first = m // 3, m // 3 * 2
-    size = _head_size(model)
+    features, first, size = (n if role == "output" else m), 0, _head_size(model)
+    if name.endswith("attn.c_attn"):  # queries, keys and values in one; of equal size in GPT-2 alone
+        features, first, size = n, 2 * n, size if m == 3 * n else 0
     if not size or features % size:
         raise InvalidInput(
             f"s2ft cannot tell the heads of {name}: {features} features, heads of {size or 'unknown size'}.",
@@ -274,7 +273,7 @@ def _activations(
     def listen(structure: Structure) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             seen = arguments[0] if structure.of_columns else output
-            mask = batch.get("attention_mask")
+            mask = None if _of_decoder(model, structure.place) else batch.get("attention_mask")
             if mask is not None and seen.shape[:-1] == mask.shape:
                 seen = seen[mask.bool()]
             sums[structure.place] += seen.detach().abs().flatten(0, -2).mean(dim=0, dtype=torch.float64).cpu()
@@ -290,6 +289,11 @@ def _activations(
         for handle in handles:
             handle.remove()
     return {s.place: _by_unit(s, sums[s.place]).mean(dim=1) for s in structures}
+
+
+def _of_decoder(model: nn.Module, place: str) -> bool:
+    """Whether a layer reads the second sequence of an encoder-decoder, which the attention mask does not tell of."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder" in place.split(".")
 
 
 def _gradients(

@@ -307,6 +307,13 @@ def test_heads_that_do_not_fit_the_configuration_are_refused() -> None:
     attached(model, output=0, down=0.1)
 
 
+def test_a_fused_layer_of_unequal_parts_is_refused() -> None:
+    model = tiny_gpt2()
+    model.transformer.h[1].attn.c_attn = Conv1D(48, 32)
+    with pytest.raises(InvalidInput, match=r"cannot tell the heads of transformer\.h\.1\.attn\.c_attn"):
+        attached(model, value=0.5)
+
+
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing would train"):
         S2FT.config_type(output=0, down=0)
