@@ -201,7 +201,8 @@ def gradients(
         heard: called with the number of rows that have been read.
 
     Raises:
-        InvalidInput: the model computes no loss, the loss does not depend on a layer, or a gradient is not finite.
+        InvalidInput: the model computes no loss, loss or gradient is not finite, or the loss does not depend
+            on a layer.
     """
     weights: dict[nn.Parameter, Tensor | None] = {layer.weight: None for layer in layers.values()}  # type: ignore[misc]
     done = rows = 0
@@ -225,6 +226,11 @@ def gradients(
                 loss = model(**batch).loss
                 if loss is None:
                     raise InvalidInput(f"{type(model).__name__} computes no loss of the calibration batches.")
+                if not loss.isfinite():
+                    raise InvalidInput(
+                        f"The loss of the base model is {loss.item()} after {done} calibration samples.",
+                        "Does every example have a label?",
+                    )
                 loss.backward()
                 done += rows
                 heard(done)
@@ -239,9 +245,6 @@ def gradients(
     for name, layer in layers.items():
         mean: Any = weights[layer.weight]  # type: ignore[index]
         if not mean.isfinite().all():
-            raise InvalidInput(
-                f"The gradient of {name} at the calibration data is not finite.",
-                "Does every example have a label? Is the base model's own loss a number?",
-            )
+            raise InvalidInput(f"The gradient of {name} at the calibration data is not finite.")
         found[name] = (mean.T if isinstance(layer, Conv1D) else mean) / done
     return found

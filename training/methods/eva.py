@@ -164,7 +164,7 @@ class Components:
         _, S, V = leading(torch.cat(parts), self.count, ITERATIONS)
         if self.known:
             alike, floor = (V * self.V).sum(1).abs() >= self.tau, NOTHING * S[0]
-            self._still = alike | (S <= floor)
+            self._still = alike | (floor >= S)
             self._mean = self._mean + (mean - self._mean) * (len(X) / (self.rows + len(X)))
             self._energy = self._energy + gained
         else:
