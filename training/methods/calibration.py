@@ -91,6 +91,9 @@ def observe(
             count, [B, L] boolean: neither padding nor, if `labelled`, without a label. Where a layer does not see
             tokens of the batch (the pooled ones of a classification head, the patches of an image), all count.
         labelled: whether tokens without a label are left out.
+
+    Raises:
+        InvalidInput: an input that counts is not finite.
     """
     tokens = _Tokens(model, batch, labelled)
 
@@ -101,7 +104,10 @@ def observe(
             width = x.shape[-1]
             rows = tokens.rows if x.numel() % (tokens.rows * width) == 0 else 1
             seen = x.detach().reshape(rows, -1, width)
-            hear(name, seen, tokens.counting(layer, x, seen.shape[:2]))
+            kept = tokens.counting(layer, x, seen.shape[:2])
+            if not (seen.isfinite().all(-1) | ~kept).all():
+                raise InvalidInput(f"The inputs of {name} are not finite.", "Is the base model's own loss a number?")
+            hear(name, seen, kept)
 
         return hook
 

@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from infra.errors import InvalidInput
 from training.methods.calibration import draw, observe, rows_of, sharing_inputs
 from training.methods.contract import AttachContext, MethodCard
 from training.methods.injected import matrix
@@ -70,7 +69,7 @@ class Corda(StartedLora):
         for leaders in passes({leader: shape(layers[leader])[1] for leader in groups}):
             covariances = self._covariances(model, {name: layers[name] for name in leaders}, config, context)
             for leader in leaders:
-                damped, inverse = invertible(covariances.pop(leader), leader)
+                damped, inverse = invertible(covariances.pop(leader))
                 for name in groups[leader]:
                     W = matrix(layers[name])
                     U, S, Vh = leading(W @ damped, min(W.shape), None)
@@ -126,14 +125,8 @@ def largest(X: Tensor) -> Tensor:
     return torch.where(peak > 1e-6 * modulus, peak, modulus).clamp_min(torch.finfo(X.dtype).tiny)
 
 
-def invertible(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """C̃ and C̃⁻¹ [n, n] of C.
-
-    Raises:
-        InvalidInput: C is not finite.
-    """
-    if not covariance.isfinite().all():
-        raise InvalidInput(f"The inputs of {name} are not finite.", "Is the base model's own loss a number?")
+def invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """C̃ and C̃⁻¹ [n, n] of C, finite."""
     eye = torch.eye(len(covariance), device=covariance.device)
     level = covariance.diagonal().mean()
     if level == 0:  # the layer reads nothing but zeros: no direction of it is before another

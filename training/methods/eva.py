@@ -64,6 +64,7 @@ class Eva(StartedLora):
         modality=("language", "vision"),
         needs_calibration=True,
         count_is_bound=True,
+        sharding=False,
     )
 
     def pairs(

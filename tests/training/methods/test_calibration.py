@@ -1,6 +1,7 @@
 """What calibration shows: the bare base's inputs at the tokens that count, and its gradients."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
 from infra.errors import InvalidInput
-from tests.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.tiny_models import PAD, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.training.methods.backbones import BACKBONES, train
 from tests.training.methods.regression import Regression
+from tests.training.tiny_training import EXAMPLES, copied, run, same_bits
+from training.data.batching import Padding
 from training.methods.calibration import draw, gradients, observe, sharing_inputs
 from training.methods.catalog import get_method
-from training.methods.contract import AttachContext
+from training.methods.contract import Adapted, AttachContext
 from training.methods.injected import matrix
 from training.methods.targets import linear_modules, select
+from training.progress import TrainingEvent
 
 
 def context(*batches: dict[str, Tensor]) -> AttachContext:
@@ -203,3 +207,23 @@ def test_progress_is_told_to_its_end(method: str) -> None:
     assert len(stages) == (1 if method == "eva" else 2)
     (_, done, total) = told[-1]
     assert done == total > 0
+
+
+@pytest.mark.parametrize("method", ["pissa", "corda", "eva", "lora-ga"])
+def test_a_training_that_crashed_resumes_to_the_same_bits(tmp_path: Path, method: str) -> None:
+    chosen = get_method(method)
+    batches = [Padding(PAD)(EXAMPLES[start : start + 8]) for start in range(0, len(EXAMPLES), 8)]
+
+    def attached() -> Adapted:
+        return chosen.attach(tiny_llama(), chosen.config_type(rank=2, alpha=2, dropout=0.1), context(*batches))
+
+    def crash(event: TrainingEvent) -> None:
+        if event.step == 8:
+            raise RuntimeError("the power is gone")
+
+    whole, _ = run(tmp_path / "whole", adapted=attached())
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path / "crashed", adapted=attached(), on_event=crash)
+    resumed, outcome = run(tmp_path / "crashed", adapted=attached())
+    assert outcome.resumed_from == 5
+    assert same_bits(copied(whole), copied(resumed))

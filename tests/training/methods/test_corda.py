@@ -202,7 +202,7 @@ def test_inputs_without_a_positive_value_or_without_any_still_give_a_start() -> 
 def test_a_covariance_that_cannot_be_inverted_is_damped_until_it_can() -> None:
     row = drawn(1, 9)
     singular = (row.T @ row) * 1e6
-    damped_, inverse = corda.invertible(singular, "layer")
+    damped_, inverse = corda.invertible(singular)
     assert torch.dist(damped_ @ inverse, torch.eye(9)) < 0.05
 
 

@@ -299,3 +299,5 @@ def test_a_rank_above_the_size_and_a_rho_below_one_are_refused() -> None:
         attach(Regression(6, 9), {"inputs": drawn(2, 9, 9)}, rank=7)
     with pytest.raises(ValueError, match="rho"):
         EvaConfig(rho=0.5)
+    with pytest.raises(InvalidInput, match="inputs of layer are not finite"):
+        attach(Regression(6, 9), {"inputs": torch.full((2, 9, 9), torch.nan)}, rank=2)
