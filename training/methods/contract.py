@@ -58,6 +58,7 @@ class MethodCard:
         merge: whether the adapter folds into the base weights, and how exactly.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         needs_calibration: `AttachContext.calibration` must be given.
+        count_is_bound: `Method.count` is the most that can come out; calibration data decide how many it is.
         changes_base: trains the base's own parameters instead of adding some.
         packing: trains on several examples in a row, told apart by their position ids.
         checkpointing: trains under activation (gradient) checkpointing.
@@ -73,6 +74,7 @@ class MethodCard:
     merge: Literal["exact", "approximate", "no"] = "exact"
     identity_at_init: bool = True
     needs_calibration: bool = False
+    count_is_bound: bool = False
     changes_base: bool = False
     packing: bool = True
     checkpointing: bool = True
@@ -241,7 +243,8 @@ class Method(ABC, Generic[Config]):
     def count(self, model: nn.Module, config: Config) -> int:
         """The paper's formula for the number of trainable parameters on a bare `model`.
 
-        Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other.
+        Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other;
+        an upper bound where the card says so.
         """
 
 

@@ -10,7 +10,7 @@ The base's tensors are never written: a method whose paper moves the base (W_res
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,17 +138,9 @@ class InjectedAdapted(Adapted):
         for slot in self.slots().values():
             slot.requires_grad_(True)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within it, every wrapped layer computes what the base layer computes."""
-        held = {layer: layer.in_force for layer in adapter_layers(self.model).values()}
-        for layer in held:
-            layer.in_force = None
-        try:
-            yield
-        finally:
-            for layer, name in held.items():
-                layer.in_force = name
+        return switched_off(self.model)
 
     def merge(self) -> nn.Module:
         """A copy of the base with this adapter folded in; needs memory for one more base model.
@@ -213,7 +205,7 @@ class InjectedMethod(Method[Config]):
             slots = self.fresh(model, layers, config, context)
             adapted = self._put(model, slots, config, name)
             found, expected = sum(p.numel() for p in adapted.trainable().values()), self.count(model, config)
-            if found != expected:
+            if found > expected or (found < expected and not self.card.count_is_bound):
                 base = type(model).__name__
                 raise RegraftError(
                     f"'{self.name}' has {found:,} trainable parameters on {base}, {expected:,} expected.",
@@ -229,7 +221,7 @@ class InjectedMethod(Method[Config]):
         check_room(model, self, name)
         try:
             config = self.options_of(content, tensors)
-        except ValueError as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{directory}: the options of '{self.name}' cannot be read ({error}).") from error
         with undone_on_error(model, name), seeded(0, model):
             slots = {}
@@ -276,6 +268,19 @@ class InjectedMethod(Method[Config]):
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Every wrapped layer by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Within it, no adapter of `model` is in force."""
+    held = {layer: layer.in_force for layer in adapter_layers(model).values()}
+    for layer in held:
+        layer.in_force = None
+    try:
+        yield
+    finally:
+        for layer, name in held.items():
+            layer.in_force = name
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ of rank 2r on the original weights: A ← [A; A₀], B ← [B, −B₀], α ← 
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from math import isclose
 from typing import Any
 
 import peft
@@ -39,7 +40,7 @@ class StartedLoraConfig(MethodConfig):
     """Hyper-parameters that these methods share."""
 
     rank: int = Field(8, ge=1, description="r, the inner dimension of BA.")
-    alpha: int | None = Field(None, ge=1, description="α of the scale α/r; none given: the rank.")
+    alpha: float | None = Field(None, gt=0, description="α of the scale α/r; none given: the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an input of A in training.")
     targets: Targets = Field(ALL_LINEAR, description=TARGETS_HELP)
     exclude: tuple[str, ...] = Field((), description=EXCLUDE_HELP)
@@ -66,7 +67,8 @@ class LoraSlot(Slot):
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float, offset: bool) -> None:
         super().__init__()
-        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        A, B = (factor.detach().clone(memory_format=torch.contiguous_format) for factor in (A, B))
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", A.clone() if offset else None)
         self.register_buffer("B0", B.clone() if offset else None)
         self.scale = scale
@@ -116,6 +118,7 @@ class StartedLora(InjectedMethod[Any]):
 
     peft_type = "LORA"
     offset = True  # whether the start is subtracted; not where B starts at zero
+    directions = 1  # of a layer's singular directions, how many each unit of rank takes
 
     @abstractmethod
     def pairs(
@@ -132,10 +135,12 @@ class StartedLora(InjectedMethod[Any]):
         names = select(model, config.targets, config.exclude)
         layers = linear_modules(model)
         for name in names:
-            if config.rank > min(shape(layers[name])):
+            size, needed = min(shape(layers[name])), config.rank * self.directions
+            if needed > size:
                 raise InvalidInput(
-                    f"rank {config.rank} is above the size of {name}, which is {shape(layers[name])}.",
-                    f"Lower method.rank to {min(shape(layers[name]))}, or leave the layer out: method.exclude.",
+                    f"rank {config.rank} needs layers of {needed} rows and columns or more; {name} is "
+                    f"{' × '.join(map(str, shape(layers[name])))}.",
+                    f"Lower method.rank to {size // self.directions}, or leave the layer out: method.exclude.",
                 )
         return names
 
@@ -168,18 +173,15 @@ class StartedLora(InjectedMethod[Any]):
         """peft's configuration of the plain LoRA."""
         layers = linear_modules(adapted.model)
         slots = adapted.slots()
-        ranks = {name: len(slot.factors()[0]) for name, slot in slots.items()}
-        most = max(ranks.values())
-        alpha = adapted.config.scale * most
+        rank, scale = adapted.config.rank * (2 if self.offset else 1), adapted.config.scale
+        others = {name: r for name, slot in slots.items() if (r := len(slot.factors()[0])) != rank}
         config = peft.LoraConfig(
-            r=most,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            r=rank,
+            lora_alpha=_plain(scale * rank),
             lora_dropout=adapted.config.dropout,
             target_modules=shortest(adapted.model, list(slots)),
-            rank_pattern={name: rank for name, rank in ranks.items() if rank != most},
-            alpha_pattern={
-                name: adapted.config.scale * rank for name, rank in ranks.items() if rank != most
-            },  # every layer keeps the scale s
+            rank_pattern=others,
+            alpha_pattern={name: _plain(scale * rank) for name, rank in others.items()},  # every layer keeps the scale
             fan_in_fan_out=all(isinstance(layers[name], Conv1D) for name in slots),
             inference_mode=True,
         )
@@ -192,14 +194,23 @@ class StartedLora(InjectedMethod[Any]):
         }
 
     def options_of(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-        """Rank, α, dropout and places from peft's configuration; how it was started is over."""
+        """Rank, α, dropout and places from peft's configuration; how it was started is over.
+
+        Raises:
+            ValueError: the layers' scales differ, which a slot's own configuration does not tell.
+        """
         del tensors
         targets = content.get("target_modules") or ()
-        rank = int(content["r"]) // (2 if self.offset else 1)
+        ranks, alphas = content.get("rank_pattern") or {}, content.get("alpha_pattern") or {}
+        stored, alpha = int(content["r"]), float(content["lora_alpha"])
+        for name in {*ranks, *alphas}:
+            if not isclose(alphas.get(name, alpha) / ranks.get(name, stored), alpha / stored):
+                raise ValueError(f"the scale of {name} is not that of the others")
+        rank = stored // (2 if self.offset else 1)
         return self.config_type.model_validate(
             {
                 "rank": rank,
-                "alpha": round(float(content["lora_alpha"]) / int(content["r"]) * rank) or 1,
+                "alpha": alpha / stored * rank,
                 "dropout": content.get("lora_dropout", 0.0),
                 "targets": targets if isinstance(targets, str) else tuple(targets),
             }
@@ -215,6 +226,11 @@ class StartedLora(InjectedMethod[Any]):
         """Σ r(m + n)."""
         layers = linear_modules(model)
         return sum(config.rank * sum(shape(layers[name])) for name in select(model, config.targets, config.exclude))
+
+
+def _plain(number: float) -> float:
+    """As an integer, which other tools expect of an α, where it is one."""
+    return round(number) if isclose(number, round(number), rel_tol=1e-12) else number
 
 
 __all__ = ["LoraSlot", "Pair", "StartedLora", "StartedLoraConfig", "matrix"]

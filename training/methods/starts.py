@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, contiguous_format
 
 
 class StartCache:
@@ -32,9 +32,13 @@ class StartCache:
         try:
             kept: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError):
-            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+            made = make()  # several may be views of one tensor, which the format does not take: hence copies
+            kept = {name: t.detach().cpu().clone(memory_format=contiguous_format) for name, t in made.items()}
             self._directory.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{secrets.token_hex(4)}")
-            save_file(kept, draft)
-            draft.replace(path)
+            try:
+                save_file(kept, draft)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
         return kept
