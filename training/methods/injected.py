@@ -10,7 +10,7 @@ The base's tensors are never written: a method whose paper moves the base (W_res
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,17 +138,9 @@ class InjectedAdapted(Adapted):
         for slot in self.slots().values():
             slot.requires_grad_(True)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within it, every wrapped layer computes what the base layer computes."""
-        held = {layer: layer.in_force for layer in adapter_layers(self.model).values()}
-        for layer in held:
-            layer.in_force = None
-        try:
-            yield
-        finally:
-            for layer, name in held.items():
-                layer.in_force = name
+        return switched_off(self.model)
 
     def merge(self) -> nn.Module:
         """A copy of the base with this adapter folded in; needs memory for one more base model.
@@ -281,6 +273,19 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def base_of(module: nn.Module) -> nn.Module:
     """The layer itself, without the wrapper."""
     return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Within it, every wrapped layer of `model` computes what the base layer computes."""
+    held = {layer: layer.in_force for layer in adapter_layers(model).values()}
+    for layer in held:
+        layer.in_force = None
+    try:
+        yield
+    finally:
+        for layer, name in held.items():
+            layer.in_force = name
 
 
 def owners(model: nn.Module) -> dict[str, str]:

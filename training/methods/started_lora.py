@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import CorruptArtifact, InvalidInput
+from infra.errors import CorruptArtifact
 from training.methods.contract import AttachContext, MethodConfig
 from training.methods.injected import InjectedAdapted, InjectedMethod, Slot, matrix
 from training.methods.targets import (
@@ -28,6 +28,7 @@ from training.methods.targets import (
     Targets,
     linear_modules,
     select,
+    select_for_rank,
     shape,
     shortest,
 )
@@ -129,15 +130,7 @@ class StartedLora(InjectedMethod[Any]):
         Raises:
             InvalidInput: one of them is too small for the rank.
         """
-        names = select(model, config.targets, config.exclude)
-        layers = linear_modules(model)
-        for name in names:
-            if config.rank > min(shape(layers[name])):
-                raise InvalidInput(
-                    f"rank {config.rank} is above the size of {name}, which is {shape(layers[name])}.",
-                    f"Lower method.rank to {min(shape(layers[name]))}, or leave the layer out: method.exclude.",
-                )
-        return names
+        return select_for_rank(model, config.targets, config.exclude, config.rank)
 
     def fresh(
         self, model: nn.Module, layers: Mapping[str, nn.Module], config: Any, context: AttachContext
