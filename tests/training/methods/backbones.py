@@ -63,7 +63,7 @@ def _classes(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _targets(batch: dict[str, Tensor]) -> Tensor:
-    return batch["decoder_input_ids"]
+    return batch["decoder_input_ids"].contiguous()
 
 
 BACKBONES = {

@@ -27,7 +27,7 @@ KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit"])
 
 def attached(model: nn.Module, batches: Any, steps: int | None = 10, starts: Any = None, **chosen: Any) -> Any:
     method = get_method("lora-sb")
-    config = method.config_type(**{"rank": 4, "learning_rate": 0.01, **chosen})
+    config = method.config_type(**{"rank": 3, "learning_rate": 0.01, **chosen})
     context = AttachContext(calibration=lambda: batches, total_steps=steps, starts=starts)
     return method.attach(model, config, context)
 
@@ -49,22 +49,23 @@ def summed(model: nn.Module, batches: list[dict[str, Tensor]], limit: int = 100)
 def test_the_start_is_the_best_approximation_of_the_first_update(kind: str, limit: int) -> None:
     backbone = BACKBONES[kind]
     adapted = attached(backbone.build(), backbone.calibration(), samples=limit)
-    gradients = summed(backbone.build(), backbone.calibration(), limit)
+    gradients, left_out = summed(backbone.build(), backbone.calibration(), limit), 0.0
     for name, slot in adapted.slots().items():
         step = -0.01 * torch.sign(gradients[name]).double().numpy()
-        U, S, Vh = np.linalg.svd(step)
+        S = np.linalg.svd(step, compute_uv=False)
         A, B, R = (t.detach().double().numpy() for t in (slot.A, slot.B, slot.R))
-        assert_close(A @ A.T, np.eye(4), atol=1e-5, rtol=0)
-        assert_close(B.T @ B, np.eye(4), atol=1e-5, rtol=0)
-        assert_close(R, np.diag(S[:4]), atol=1e-6, rtol=1e-4)
+        assert_close(A @ A.T, np.eye(3), atol=1e-5, rtol=0)
+        assert_close(B.T @ B, np.eye(3), atol=1e-5, rtol=0)
+        assert_close(R, np.diag(S[:3]), atol=1e-6, rtol=1e-4)
         error = np.linalg.norm(step - B @ R @ A)
-        assert error == pytest.approx(sqrt((S[4:] ** 2).sum()), rel=1e-4)
-        assert (S[4:] > 1e-3).any()  # something is left out
+        assert error == pytest.approx(sqrt((S[3:] ** 2).sum()), rel=1e-4, abs=1e-6)
+        left_out = max(left_out, error)
+    assert left_out > 0.1
 
 
 def test_the_export_is_a_plain_lora_before_and_after_training() -> None:
     backbone = BACKBONES["gpt2"]
-    adapted = attached(backbone.build(), backbone.calibration(), alpha=8)
+    adapted = attached(backbone.build(), backbone.calibration(), alpha=6)
     for steps in (0, 2):
         train(adapted, backbone.batch(), steps=steps)
         stock = plain_lora(backbone.build(), adapted)
@@ -85,7 +86,7 @@ def test_a_step_of_r_is_the_projection_of_a_full_step() -> None:
     G, W = (torch.randn(12, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     x = torch.randn(64, 9, generator=torch.Generator().manual_seed(2))
     model = OneLayer(W)
-    adapted = attached(model, [{"x": x, "labels": x @ (W + G).T}], alpha=8)
+    adapted = attached(model, [{"x": x, "labels": x @ (W + G).T}], alpha=6)
     slot: Any = adapted.slots()["layer"]
     labels = torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
     adapted.model(x, labels).loss.backward()
@@ -101,7 +102,7 @@ def test_the_scale_makes_no_difference() -> None:
     """SGD whose rate is over s², the same weights after every step."""
     backbone = BACKBONES["llama"]
     trajectories = []
-    for alpha, scale in ((4, 1.0), (16, 4.0)):
+    for alpha, scale in ((3, 1.0), (12, 4.0)):
         adapted = attached(backbone.build(), backbone.calibration(), alpha=alpha)
         optimiser = torch.optim.SGD(adapted.trainable().values(), lr=0.1 / scale**2)
         shown = [logits(adapted.model, backbone.batch())]
@@ -120,7 +121,7 @@ def test_a_shift_in_the_gradients_signs_is_learnt_where_lora_xs_cannot() -> None
     W, noise = torch.randn(24, 16, generator=generator), torch.randn(24, 16, generator=generator)
     u, v = (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for size in (24, 16))
     x = torch.randn(256, 16, generator=generator)
-    labels = x @ (W + 0.3 * torch.outer(u, v) + 0.02 * noise).T
+    labels = x @ (W + 0.1 * torch.outer(u, v) + 0.005 * noise).T
     losses = {}
     for name in ("lora-sb", "lora-xs"):
         method = get_method(name)
@@ -143,7 +144,7 @@ def test_the_steps_rate_is_that_of_the_warm_ups_first(steps: int, ratio: float, 
     name = "model.layers.0.mlp.up_proj"
     adapted = attached(backbone.build(), backbone.calibration(), steps, warmup_ratio=ratio)
     S = np.linalg.svd(torch.sign(summed(backbone.build(), backbone.calibration())[name]).numpy())[1]
-    assert_close(adapted.slots()[name].R.diagonal().detach().numpy(), (rate * S[:4]).astype("float32"))
+    assert_close(adapted.slots()[name].R.diagonal().detach().numpy(), (rate * S[:3]).astype("float32"))
 
 
 def test_a_kept_start_is_not_taken_for_another_number_of_steps(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     assert torch.equal(held.grad, torch.ones_like(held))
     model(**good[0]).loss.backward()  # nothing listens any more
     assert model.bert.encoder.layer[1].output.dense.weight.grad is not None
-    assert held.grad.mean() != 1
+    assert not torch.equal(held.grad, torch.ones_like(held))
 
 
 def test_dropout_is_off() -> None:
