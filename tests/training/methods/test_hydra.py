@@ -17,7 +17,25 @@ from training.methods.catalog import get_method
 from training.methods.contract import AttachContext
 
 BATCH = BACKBONES["llama"].batch()
-BUILDS = pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert])
+
+
+def biased(build: Any) -> Any:
+    """The model with biases that are not zero, where it has any."""
+
+    def make() -> nn.Module:
+        model, generator = build(), torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(0, 0.5, generator=generator)
+        return model
+
+    return make
+
+
+BUILDS = pytest.mark.parametrize(
+    "build", [tiny_llama, biased(tiny_gpt2), biased(tiny_bert)], ids=["llama", "gpt2", "bert"]
+)
 BIAS = pytest.mark.parametrize("bias", [False, True])
 
 
