@@ -30,10 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from infra.errors import CorruptArtifact, InvalidInput
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig
-from training.methods.ia3 import FEEDFORWARD
 from training.methods.injected import InjectedMethod, Slot, adapter_layers, matrix
 from training.methods.slices import ColumnSlot, RowSlot, stored_slot
-from training.methods.targets import linear_modules, shape
+from training.methods.targets import FEEDFORWARD, linear_modules, shape
 
 ATTENTION_OUTPUT = (
     r"(.*\.)?(o_proj|out_lin|(attn|attention)\.(c_proj|out_proj)|attention\.(output\.)?dense|self_attention\.dense"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import CorruptArtifact, InvalidInput
+from infra.errors import CorruptArtifact
 from training.methods.contract import AttachContext, MethodConfig
 from training.methods.injected import InjectedAdapted, InjectedMethod, Slot, matrix
 from training.methods.targets import (
@@ -29,6 +29,7 @@ from training.methods.targets import (
     Targets,
     linear_modules,
     select,
+    select_for_rank,
     shape,
     shortest,
 )
@@ -132,17 +133,7 @@ class StartedLora(InjectedMethod[Any]):
         Raises:
             InvalidInput: one of them is too small for the rank.
         """
-        names = select(model, config.targets, config.exclude)
-        layers = linear_modules(model)
-        for name in names:
-            size, needed = min(shape(layers[name])), config.rank * self.directions
-            if needed > size:
-                raise InvalidInput(
-                    f"rank {config.rank} needs layers of {needed} rows and columns or more; {name} is "
-                    f"{' × '.join(map(str, shape(layers[name])))}.",
-                    f"Lower method.rank to {size // self.directions}, or leave the layer out: method.exclude.",
-                )
-        return names
+        return select_for_rank(model, config.targets, config.exclude, config.rank, self.directions)
 
     def fresh(
         self, model: nn.Module, layers: Mapping[str, nn.Module], config: Any, context: AttachContext

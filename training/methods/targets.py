@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from infra.errors import InvalidInput
 
 ALL_LINEAR = "all-linear"
+FEEDFORWARD = (  # the last linear layer of each feed-forward block, as transformers' families name it
+    r"(.*\.)?(down_proj|wo|w2|fc2|lin2|linear2|fc_out|dense_4h_to_h|mlp\.c_proj|(?<!attention\.)output\.dense)"
+)
 Targets = str | tuple[str, ...]
 TARGETS_HELP = (
     "Linear layers to adapt: 'all-linear' (every one but the output embeddings), a list of names or name endings, "
@@ -60,6 +63,52 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
     if not chosen:
         raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
     return chosen
+
+
+def select_for_rank(
+    model: nn.Module, targets: Targets, exclude: tuple[str, ...], rank: int, directions: int = 1
+) -> list[str]:
+    """As `select`, of layers that all have room for `rank`.
+
+    Args:
+        model: the model.
+        targets: as for `select`.
+        exclude: as for `select`.
+        rank: wanted of every layer.
+        directions: how many of a layer's directions one of the rank takes.
+
+    Raises:
+        InvalidInput: nothing matches, or a layer that does is too small for the rank.
+    """
+    names, layers = select(model, targets, exclude), linear_modules(model)
+    for name in names:
+        size, needed = min(shape(layers[name])), rank * directions
+        if needed > size:
+            raise InvalidInput(
+                f"rank {rank} needs layers of {needed} rows and columns or more; {name} is "
+                f"{' × '.join(map(str, shape(layers[name])))}.",
+                f"Lower method.rank to {size // directions}, or leave the layer out: method.exclude.",
+            )
+    return names
+
+
+def select_known(model: nn.Module, given: Targets | None, known: str, method: str, option: str) -> list[str]:
+    """The linear layers that the user has `given`, or else those whose whole name matches the expression `known`.
+
+    Raises:
+        InvalidInput: the model names its layers in no known way and the user does not say; names `method` and `option`.
+    """
+    if given is not None:
+        return select(model, given)
+    layers = linear_modules(model)
+    names = [name for name in layers if re.fullmatch(known, name)]
+    if not names:
+        last = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+        raise InvalidInput(
+            f"{method} does not know which layers of {type(model).__name__} are its {option}.",
+            f"Say so: {option}: […]. Linear modules: {', '.join(last)}.",
+        )
+    return names
 
 
 def shortest(model: nn.Module, names: list[str]) -> list[str]:
