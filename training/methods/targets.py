@@ -1,6 +1,7 @@
 """Which linear layers of a model an adapter sits on."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,19 +19,20 @@ TARGETS_HELP = (
 EXCLUDE_HELP = "Names, or name endings, left out of the targets."
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
-    found: dict[str, nn.Module] = {}
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of `model` by name; in the place of an adapter's layer, the base layer that it wraps."""
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if skipped and name.startswith(skipped):
             continue
         if isinstance(module, BaseTunerLayer | nn.MultiheadAttention):
             skipped += (f"{name}.",)  # attention of torch's own reads its weights without calling the layer
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D):
-            found[name] = layer
-    return found
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
+    return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Linear | Conv1D)}
 
 
 def shape(layer: Any) -> tuple[int, int]:
