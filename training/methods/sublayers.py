@@ -11,8 +11,8 @@ from infra.errors import InvalidInput
 from training.methods.targets import linear_modules
 
 ATTENTION_OUTPUT = (  # the last layer of self-attention
-    r"(.*\.)?(o_proj|out_lin|SelfAttention\.o|attention\.output\.dense|attn\.c_proj|self_attention\.dense"
-    r"|attention\.dense|(?<!encoder_attn\.)out_proj)"
+    r"(.*\.)?((?<!cross_attn\.)(?<!encoder_attn\.)o_proj|out_lin|SelfAttention\.o|attention\.output\.dense"
+    r"|attn\.c_proj|(self_)?attention\.dense|(self_attn|attn|attention)\.out_proj)"
 )
 FEEDFORWARD_INPUT = (  # the first layer of a feed-forward block; of a gated one, the layer that is not the gate
     r"(.*\.)?(up_proj|gate_up_proj|wi|wi_1|w3|fc1|lin1|linear1|fc_in|dense_h_to_4h|mlp\.c_fc|intermediate\.dense)"
