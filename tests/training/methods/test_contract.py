@@ -54,7 +54,7 @@ CASES = [
         backbones=("llama", "gpt2", "gemma3_text", "bert"),
     ),
     Case("compacter", {"reduction": 4}),
-    Case("compacter", {"reduction": 4, "attention": False, "layer_norms": False}, label="plusplus"),
+    Case("compacter", {"reduction": 4, "attention": False, "layer_norms": False}, label="feedforward"),
     Case("ia3", draws=False),
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
