@@ -56,7 +56,8 @@ class MethodCard:
         backbones: model types on which it is contract-tested ("llama", "gpt2", "bert", "t5", "vit", …).
         modality: what the backbones read.
         merge: whether the adapter folds into the base weights, and how exactly.
-        identity_at_init: a fresh adapter leaves the model's outputs as they are.
+        identity_at_init: a fresh adapter leaves the model's outputs as they are; "nearly" where its start is drawn
+            close to that.
         needs_calibration: `AttachContext.calibration` must be given.
         count_is_bound: `Method.count` is the most that can come out; calibration data decide how many it is.
         changes_base: trains the base's own parameters instead of adding some.
@@ -72,7 +73,7 @@ class MethodCard:
     backbones: tuple[str, ...]
     modality: tuple[str, ...] = ("language",)
     merge: Literal["exact", "approximate", "no"] = "exact"
-    identity_at_init: bool = True
+    identity_at_init: bool | Literal["nearly"] = True
     needs_calibration: bool = False
     count_is_bound: bool = False
     changes_base: bool = False

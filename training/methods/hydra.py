@@ -30,7 +30,8 @@ from torch.nn import functional
 from infra.errors import InvalidInput
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.injected import InjectedMethod, Slot
-from training.methods.targets import FEEDFORWARD, Targets, linear_modules, select_known, shape
+from training.methods.sublayers import FEEDFORWARD_OUTPUT, select_known
+from training.methods.targets import Targets, linear_modules, shape
 
 
 class HydraConfig(MethodConfig):
@@ -118,7 +119,10 @@ class Hydra(InjectedMethod[HydraConfig]):
         Raises:
             InvalidInput: the model names its layers in no known way, or one is too small for a rank.
         """
-        names, layers = select_known(model, config.targets, FEEDFORWARD, "hydra", "targets"), linear_modules(model)
+        names, layers = (
+            select_known(model, config.targets, FEEDFORWARD_OUTPUT, "hydra", "targets"),
+            linear_modules(model),
+        )
         for name in names:
             m, n = shape(layers[name])
             for option, room in (("parallel_rank", min(m, n)), ("sequential_rank", m)):
@@ -144,7 +148,7 @@ class Hydra(InjectedMethod[HydraConfig]):
     def count(self, model: nn.Module, config: HydraConfig) -> int:
         """Σ r_p(m + n) + 2·r_s·m, and r_p + r_s + 2m with biases."""
         layers, r_p, r_s = linear_modules(model), config.parallel_rank, config.sequential_rank
-        sizes = [shape(layers[n]) for n in select_known(model, config.targets, FEEDFORWARD, "hydra", "targets")]
+        sizes = [shape(layers[n]) for n in select_known(model, config.targets, FEEDFORWARD_OUTPUT, "hydra", "targets")]
         return sum(r_p * (m + n) + 2 * r_s * m + config.bias * (r_p + r_s + 2 * m) for m, n in sizes)
 
 

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from training.methods.contract import MethodCard, MethodConfig
 from training.methods.peft_method import PeftAdapted, PeftMethod, adapter_layers
-from training.methods.targets import FEEDFORWARD, Targets, linear_modules, select_known, shape, shortest
+from training.methods.sublayers import FEEDFORWARD_OUTPUT, select_known
+from training.methods.targets import Targets, linear_modules, shape, shortest
 
 KEYS_VALUES = (
     r"(.*\.)?(k|v|key|value|[kv]_proj|key_proj|value_proj|[kv]_lin|to_[kv]"
@@ -79,7 +80,7 @@ def places(model: nn.Module, config: Ia3Config) -> tuple[list[str], list[str]]:
         InvalidInput: the model names its layers in no known way and the configuration does not say.
     """
     outputs = select_known(model, config.targets, KEYS_VALUES, "ia3", "targets")
-    inputs = select_known(model, config.feedforward, FEEDFORWARD, "ia3", "feedforward")
+    inputs = select_known(model, config.feedforward, FEEDFORWARD_OUTPUT, "ia3", "feedforward")
     return [name for name in outputs if name not in inputs], inputs
 
 

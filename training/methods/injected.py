@@ -33,23 +33,38 @@ from training.methods.contract import (
 from training.methods.peft_method import own_weight, seeded
 
 PREFIX = "base_model.model."  # what peft puts in front of a module's name
+COMMON = "common."  # in front of what is of the adapter and of no layer, instead of PREFIX
 
 
 class Slot(nn.Module, ABC):
-    """What one adapter has at one layer. Its parameters train; its persistent buffers are stored beside them."""
+    """What one adapter has at one layer. Its parameters train; its persistent buffers are stored beside them.
+
+    Attributes:
+        common: what all slots of the adapter share, the same object in each, if the method has such a thing.
+    """
+
+    common: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("common", None)
 
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The adapted layer's output for the input `x` [..., n] of the frozen layer `base`: [..., m]."""
+        """The adapted layer's output for the input `x` [..., n] of the frozen layer `base`: [..., m].
+
+        A slot of a module that is no linear layer takes what that module takes, and gives what it gives.
+        """
 
     def stored(self) -> dict[str, Tensor]:
-        """What is written to disk, by its name under the layer's."""
-        return dict(self.state_dict(keep_vars=True))
+        """What is written to disk, by its name under the layer's; `common` is not the slot's."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if not name.startswith(COMMON)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Exact inverse of `stored`, in place; names and shapes are those of `stored`."""
         with torch.no_grad():
-            for name, tensor in self.state_dict(keep_vars=True).items():
+            for name, tensor in self.stored().items():
                 tensor.copy_(tensors[name])
 
     def update(self, weight: Tensor) -> Tensor:
@@ -76,13 +91,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.in_force: str | None = None
         self.train(base_layer.training)
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         """The base layer's output, as the adapter in force makes it."""
         if self.in_force is None or self.in_force not in self.slots:
-            output: Tensor = self.base_layer(x, *arguments, **options)
-        else:
-            output = self.slots[self.in_force](self.base_layer, x)
-        return output
+            return self.base_layer(*arguments, **options)
+        return self.slots[self.in_force](self.base_layer, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """The base layer's attribute: models ask blocks and embeddings for more than their output."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet
+                raise
+            return getattr(self.base_layer, name)
 
 
 class InjectedAdapted(Adapted):
@@ -102,20 +124,32 @@ class InjectedAdapted(Adapted):
         """This adapter's slots by the name of their layer."""
         return {name: layer.slots[self.name] for name, layer in self.layers().items()}
 
+    def common(self) -> nn.Module | None:
+        """What this adapter's slots share."""
+        return next((slot.common for slot in self.slots().values()), None)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every slot's stored tensors under `base_model.model.LAYER.`, as peft would name them."""
-        return {
+        """Every slot's stored tensors under `base_model.model.LAYER.`, as peft would name them.
+
+        What the slots share is there once, under `common.`.
+        """
+        common = self.common()
+        shared = {} if common is None else {f"{COMMON}{key}": t for key, t in common.state_dict().items()}
+        own = {
             f"{PREFIX}{layer}.{name}": tensor.detach()
             for layer, slot in self.slots().items()
             for name, tensor in slot.stored().items()
         }
+        return shared | own
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` in place of the adapter's own."""
         check_fit(self.name, self.tensors(), tensors)
+        if (common := self.common()) is not None:
+            common.load_state_dict({name: tensors[f"{COMMON}{name}"] for name in common.state_dict()})
         parts = by_layer(tensors)
         for layer, slot in self.slots().items():
-            slot.restore(parts[layer])
+            slot.restore(parts.get(layer, {}))
 
     def adapter_config(self) -> dict[str, Any]:
         """The method's type and options, and which class of base it is for."""
@@ -179,6 +213,16 @@ class InjectedMethod(Method[Config]):
     ) -> dict[str, Slot]:
         """A new adapter's slot for each of the bare `layers` of the bare `model`; drawn from the global generators."""
 
+    def common(self, model: nn.Module, config: Config) -> nn.Module | None:
+        """What all slots of an adapter share, as new; drawn from the global generators. Each slot is given it."""
+        del model, config
+        return None
+
+    def bare_places(self, model: nn.Module, config: Config) -> list[str]:
+        """Those of `places` whose slots store nothing of their own."""
+        del model, config
+        return []
+
     @abstractmethod
     def blank(self, layer: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> Slot:
         """A slot of the shapes that the stored `tensors` of one layer have, its content to be restored.
@@ -202,8 +246,9 @@ class InjectedMethod(Method[Config]):
         check_room(model, self, name)
         layers = {place: base_of(model.get_submodule(place)) for place in self.places(model, config)}
         with undone_on_error(model, name), seeded(context.seed, model):
+            common = self.common(model, config)
             slots = self.fresh(model, layers, config, context)
-            adapted = self._put(model, slots, config, name)
+            adapted = self._put(model, slots, common, config, name)
             found, expected = sum(p.numel() for p in adapted.trainable().values()), self.count(model, config)
             if found > expected or (found < expected and not self.card.count_is_bound):
                 base = type(model).__name__
@@ -224,31 +269,43 @@ class InjectedMethod(Method[Config]):
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{directory}: the options of '{self.name}' cannot be read ({error}).") from error
         with undone_on_error(model, name), seeded(0, model):
-            slots = {}
-            for place, part in by_layer(tensors).items():
-                try:
-                    layer = base_of(model.get_submodule(place))
-                except AttributeError:
-                    raise misfit(directory, model, f"there is no layer {place}") from None
-                try:
-                    slots[place] = self.blank(layer, config, part)
-                    check_fit(name, slots[place].stored(), part)
-                except (CorruptArtifact, KeyError, RuntimeError, ValueError) as error:
-                    raise misfit(directory, model, f"{place}: {error}") from error
-            if set(slots) != set(self.expected_places(model, config, slots)):
-                absent = sorted(set(self.expected_places(model, config, slots)) ^ set(slots))
-                raise misfit(directory, model, f"{', '.join(absent[:3])} is missing or not adapted by these options")
-            adapted = self._put(model, slots, config, name)
+            try:
+                slots = self._blanks(model, config, tensors, name)
+                common = self.common(model, config)
+            except RegraftError as error:
+                raise misfit(directory, model, error.what) from error
+            adapted = self._put(model, slots, common, config, name)
             adapted.restore(tensors)
         return adapted
+
+    def _blanks(self, model: nn.Module, config: Config, tensors: Mapping[str, Tensor], name: str) -> dict[str, Slot]:
+        parts: dict[str, dict[str, Tensor]] = {place: {} for place in self.bare_places(model, config)}
+        slots = {}
+        for place, part in (parts | by_layer(tensors)).items():
+            try:
+                layer = base_of(model.get_submodule(place))
+            except AttributeError:
+                raise CorruptArtifact(f"there is no layer {place}") from None
+            try:
+                slots[place] = self.blank(layer, config, part)
+                check_fit(name, slots[place].stored(), part)
+            except (RegraftError, AttributeError, KeyError, RuntimeError, ValueError) as error:
+                raise CorruptArtifact(f"{place}: {error}") from error
+        if differing := set(slots) ^ set(self.expected_places(model, config, slots)):
+            absent = ", ".join(sorted(differing)[:3])
+            raise CorruptArtifact(f"{absent} is missing or not adapted by these options")
+        return slots
 
     def expected_places(self, model: nn.Module, config: Config, slots: Mapping[str, Slot]) -> list[str]:
         """Where a stored adapter must have slots; some methods leave layers out that they gave nothing to."""
         del slots
         return self.places(model, config)
 
-    def _put(self, model: nn.Module, slots: Mapping[str, Slot], config: Config, name: str) -> Any:
+    def _put(
+        self, model: nn.Module, slots: Mapping[str, Slot], common: nn.Module | None, config: Config, name: str
+    ) -> Any:
         for place, slot in slots.items():
+            slot.common = common
             wrapper = model.get_submodule(place)
             if not isinstance(wrapper, AdapterLayer):
                 wrapper = AdapterLayer(wrapper)
@@ -345,8 +402,9 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Stored tensors by layer, then by their name under it; the slot's own part never holds a dot before `lora_A`."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        place, name = split_key(key)
-        parts.setdefault(place, {})[name] = tensor
+        if not key.startswith(COMMON):
+            place, name = split_key(key)
+            parts.setdefault(place, {})[name] = tensor
     return parts
 
 

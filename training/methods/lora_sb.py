@@ -98,8 +98,13 @@ class LoraSb(LoraXs):
 
 def _samples(context: AttachContext, model: nn.Module, number: int) -> Iterator[Batch]:
     """The first `number` samples with a label that counts, each a batch of its own."""
-    rows = draw(context, model, "lora-sb", rows=1)
-    return islice((row for row in rows if (row["labels"] != IGNORE).any()), number)
+    labelled = (row for row in draw(context, model, "lora-sb", rows=1) if (row["labels"] != IGNORE).any())
+    none = True
+    for sample in islice(labelled, number):
+        none = False
+        yield sample
+    if none:
+        raise InvalidInput("'lora-sb' needs calibration data with labels.", "Give the examples completions.")
 
 
 METHOD = LoraSb()

@@ -32,15 +32,11 @@ from infra.errors import CorruptArtifact, InvalidInput
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig
 from training.methods.injected import InjectedMethod, Slot, adapter_layers, matrix
 from training.methods.slices import ColumnSlot, RowSlot, stored_slot
-from training.methods.targets import FEEDFORWARD, linear_modules, shape
+from training.methods.sublayers import ATTENTION_OUTPUT, FEEDFORWARD_INPUT, FEEDFORWARD_OUTPUT
+from training.methods.targets import linear_modules, shape
 
-ATTENTION_OUTPUT = (
-    r"(.*\.)?(o_proj|out_lin|(attn|attention)\.(c_proj|out_proj)|attention\.(output\.)?dense|self_attention\.dense"
-    r"|self_attn\.dense|(SelfAttention|EncDecAttention)\.o)"
-)
 VALUES = r"(.*\.)?(v_proj|value|v_lin|(SelfAttention|EncDecAttention)\.v|attn\.c_attn)"
-FEEDFORWARD_INPUT = r"(.*\.)?(up_proj|wi|wi_1|w3|c_fc|fc1|lin1|linear1|dense_h_to_4h|intermediate\.dense)"
-ROLES = {"output": ATTENTION_OUTPUT, "value": VALUES, "down": FEEDFORWARD, "up": FEEDFORWARD_INPUT}
+ROLES = {"output": ATTENTION_OUTPUT, "value": VALUES, "down": FEEDFORWARD_OUTPUT, "up": FEEDFORWARD_INPUT}
 
 _HELP = "Part of the model's {} that train in the {}."
 

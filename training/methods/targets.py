@@ -1,6 +1,7 @@
 """Which linear layers of a model an adapter sits on."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,9 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from infra.errors import InvalidInput
 
 ALL_LINEAR = "all-linear"
-FEEDFORWARD = (  # the last linear layer of each feed-forward block, as transformers' families name it
-    r"(.*\.)?(down_proj|wo|w2|fc2|lin2|linear2|fc_out|dense_4h_to_h|mlp\.c_proj|(?<!attention\.)output\.dense)"
-)
 Targets = str | tuple[str, ...]
 TARGETS_HELP = (
     "Linear layers to adapt: 'all-linear' (every one but the output embeddings), a list of names or name endings, "
@@ -21,19 +19,20 @@ TARGETS_HELP = (
 EXCLUDE_HELP = "Names, or name endings, left out of the targets."
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
-    found: dict[str, nn.Module] = {}
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of `model` by name; in the place of an adapter's layer, the base layer that it wraps."""
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if skipped and name.startswith(skipped):
             continue
         if isinstance(module, BaseTunerLayer | nn.MultiheadAttention):
             skipped += (f"{name}.",)  # attention of torch's own reads its weights without calling the layer
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D):
-            found[name] = layer
-    return found
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
+    return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Linear | Conv1D)}
 
 
 def shape(layer: Any) -> tuple[int, int]:
@@ -89,25 +88,6 @@ def select_for_rank(
                 f"{' × '.join(map(str, shape(layers[name])))}.",
                 f"Lower method.rank to {size // directions}, or leave the layer out: method.exclude.",
             )
-    return names
-
-
-def select_known(model: nn.Module, given: Targets | None, known: str, method: str, option: str) -> list[str]:
-    """The linear layers that the user has `given`, or else those whose whole name matches the expression `known`.
-
-    Raises:
-        InvalidInput: the model names its layers in no known way and the user does not say; names `method` and `option`.
-    """
-    if given is not None:
-        return select(model, given)
-    layers = linear_modules(model)
-    names = [name for name in layers if re.fullmatch(known, name)]
-    if not names:
-        last = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-        raise InvalidInput(
-            f"{method} does not know which layers of {type(model).__name__} are its {option}.",
-            f"Say so: {option}: […]. Linear modules: {', '.join(last)}.",
-        )
     return names
 
 
