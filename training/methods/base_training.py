@@ -2,12 +2,12 @@
 
 The base's own tensors are kept aside, so that the model can be switched between θ₀ and several θ: a *shelf* holds
 what is not in force, at the price of one more copy of the model for θ₀ and one for each further adapter. Stored are all
-of θ (and running statistics), under the model's own names; peft does not know the types. Also of a method that leaves
-tensors untouched all are stored: a checkpoint then has the same tensors at every step, and a plain model loads the file.
+of θ (and running statistics), under the model's own names; peft does not know the types. A method that leaves tensors
+untouched stores them, too: so a checkpoint has the same tensors at every step, and a plain model loads the file.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +159,7 @@ class BaseTraining(Method[Config]):
         return size(model.parameters())
 
 
-def size(parameters: Iterator[nn.Parameter]) -> int:
+def size(parameters: Iterable[nn.Parameter]) -> int:
     """The number of elements that can train."""
     return sum(parameter.numel() for parameter in parameters if parameter.is_floating_point())
 

@@ -61,6 +61,7 @@ class MethodCard:
         changes_base: trains the base's own parameters instead of adding some.
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
+        processes: trains on several data-parallel processes.
     """
 
     title: str
@@ -75,11 +76,16 @@ class MethodCard:
     changes_base: bool = False
     checkpointing: bool = True
     sharding: bool = True
+    processes: bool = True
 
     @property
     def refuses(self) -> list[str]:
         """The options under a recipe's `training` that do not go with the method."""
-        options = {"gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        options = {
+            "gradient_checkpointing": self.checkpointing,
+            "shard_base": self.sharding,
+            "processes": self.processes,
+        }
         return [option for option, allowed in options.items() if not allowed]
 
 

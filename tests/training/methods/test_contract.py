@@ -43,6 +43,10 @@ CASES = [
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
     Case("full", draws=False),
+    Case("lisa", {"layers": 1}, draws=False),
+    Case("lisa", {"layers": 1, "embeddings_and_head": False}, label="blocks", draws=False),
+    Case("galore", {"rank": 4}, draws=False),
+    Case("natural-galore", {"rank": 4}, draws=False),
 ]
 
 
