@@ -24,10 +24,11 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    owners,
     stored_config,
     stored_tensors,
 )
-from training.methods.injected import check_room, owners
+from training.methods.injected import check_room
 
 
 @dataclass

@@ -249,6 +249,12 @@ class Method(ABC, Generic[Config]):
         """
 
 
+def owners(model: nn.Module) -> dict[str, str]:
+    """Adapter → method, of the adapters that sit on `model`; those of peft's own are told by its wrapper."""
+    found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})
+    return found
+
+
 def stored_config(directory: Path) -> dict[str, Any]:
     """The content of `directory`'s adapter_config.json.
 

@@ -27,6 +27,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    owners,
     stored_config,
     stored_tensors,
 )
@@ -281,12 +282,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def base_of(module: nn.Module) -> nn.Module:
     """The layer itself, without the wrapper."""
     return module.base_layer if isinstance(module, AdapterLayer) else module
-
-
-def owners(model: nn.Module) -> dict[str, str]:
-    """Adapter → method, of the adapters that sit on `model`."""
-    found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})
-    return found
 
 
 def check_room(model: nn.Module, method: Method[Any], name: str) -> None:

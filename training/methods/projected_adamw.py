@@ -54,7 +54,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
     ) -> None:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(projected), "rank": rank, "interval": interval, "scale": scale, "projection": projection},
             {"params": list(others)},
         ]
@@ -119,7 +119,7 @@ def projectors(gradient: Tensor, rank: int, projection: Projection) -> dict[str,
     small, large = ("right", "left") if m >= n else ("left", "right")
     sides = {"std": (small,), "reverse_std": (large,), "full": ("left", "right")}.get(projection, (projection,))
     # A gradient that is no number is told by whoever runs the training; here it must not end the decomposition.
-    U, _, Vh = leading(gradient.nan_to_num(), rank, None)
+    U, _, Vh = leading(gradient.nan_to_num(0, 0, 0), rank, None)
     found = {}
     for side in sides:
         # Copied: a slice would hold on to all vectors, and in an order which a stored one would not have.
