@@ -1,5 +1,6 @@
 """LISA: who is awake when, and what becomes of those who sleep."""
 
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from infra.errors import InvalidInput
 from tests.tiny_models import tiny_llama, tiny_t5
 from tests.training.methods.backbones import BACKBONES, loss
-from tests.training.tiny_training import EXAMPLES, OPTIONS, copied, run, same_bits
+from tests.training.tiny_training import EXAMPLES, OPTIONS, run, same_bits
 from training.methods.catalog import get_method
 from training.methods.contract import AttachContext
 from training.methods.lisa import METHOD, LisaAdapted, LisaConfig
@@ -242,6 +244,42 @@ def test_the_update_of_a_visited_weight_has_full_rank(tmp_path: Path) -> None:
     update = adapted.tensors()[name] - tiny_llama(layers=BLOCKS).state_dict()[name]
     singular = torch.linalg.svdvals(update.double())
     assert singular[-1] > 1e-5 * singular[0]
+
+
+def test_a_shift_of_full_rank_is_learned_better_than_by_a_lora_of_rank_one() -> None:
+    """Distilled from a model, all matrices of two of whose four blocks were moved at random; each at its best rate."""
+    build = partial(tiny_llama, layers=4)
+    teacher, random = build(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in (1, 2):
+            for parameter in teacher.model.layers[block].parameters():
+                if parameter.ndim == 2:
+                    shift = torch.randn(parameter.shape, generator=random)
+                    parameter += 0.5 * parameter.std() * shift
+
+    def distance(method: str, rate: float, steps: int = 100, **chosen: Any) -> float:
+        """KL divergence from the teacher, over the last ten batches."""
+        adapted = get_method(method).attach(build(), get_method(method).config_type(**chosen), AttachContext())
+        optimizer = adapted.optimizer(rate, 0.0) or torch.optim.AdamW(adapted.trainable().values(), weight_decay=0.0)
+        draws, found = torch.Generator().manual_seed(1), []
+        for step in range(steps):
+            for callback in adapted.callbacks():
+                callback.on_step_begin(None, SimpleNamespace(global_step=step), None, optimizer=optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps)
+            ids = torch.randint(3, 259, (8, 8), generator=draws)
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids).logits.log_softmax(-1)
+            shown = adapted.model(input_ids=ids).logits.log_softmax(-1)
+            divergence = functional.kl_div(shown, wanted, reduction="sum", log_target=True) / ids.numel()
+            divergence.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(divergence.item())
+        return sum(found[-10:]) / 10
+
+    lora = min(distance("lora", rate, rank=1) for rate in (1e-2, 3e-2))
+    assert distance("lisa", 2e-3, layers=2, interval=20) < 0.8 * lora
 
 
 def test_a_merged_model_trains_as_a_whole() -> None:
