@@ -6,7 +6,9 @@
 Adam's moments are those of g̃; the rest is GaLore's (galore.py). The second form is Woodbury's identity, used as
 g/λ − G(I + GᵀG/λ)⁻¹Gᵀg/λ² in the released code, with the difference of two large terms carried out: where ‖g‖² ≫ λ,
 almost all of g/λ cancels. With ‖g‖² ≪ λ, g̃ ≈ g/λ, and Adam, which does not see the scale, makes plain GaLore of it:
-λ is absolute, and the clipping of gradients changes the method.
+λ is absolute, and the clipping of gradients changes the method. With ‖g‖² ≫ λ, Gᵀg̃ ≈ e_s: g̃ is orthogonal to the
+history's other gradients, so that what every update asks for is dropped, and training stalls. λ should not be far below
+the squared norm of one layer's gradient after clipping.
 
 Everything of it is computed in float64, since GᵀG/λ has the condition ‖g‖²/λ. The history is kept as it comes, float32:
 its products in float64 are the same as if it were wider. It is not cleared when the subspace changes, as in the code.
