@@ -32,6 +32,9 @@ CATALOG: dict[str, str] = {
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",
     "full": "training.methods.full",
+    "lisa": "training.methods.lisa",
+    "galore": "training.methods.galore",
+    "natural-galore": "training.methods.natural_galore",
 }
 
 

@@ -64,6 +64,7 @@ class MethodCard:
         packing: trains on several examples in a row, told apart by their position ids.
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
+        processes: trains on several data-parallel processes.
     """
 
     title: str
@@ -80,11 +81,17 @@ class MethodCard:
     packing: bool = True
     checkpointing: bool = True
     sharding: bool = True
+    processes: bool = True
 
     @property
     def refuses(self) -> list[str]:
         """The options under a recipe's `training` that do not go with the method."""
-        options = {"packing": self.packing, "gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        options = {
+            "packing": self.packing,
+            "gradient_checkpointing": self.checkpointing,
+            "shard_base": self.sharding,
+            "processes": self.processes,
+        }
         return [option for option, allowed in options.items() if not allowed]
 
 
@@ -247,6 +254,12 @@ class Method(ABC, Generic[Config]):
         Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other;
         an upper bound where the card says so.
         """
+
+
+def owners(model: nn.Module) -> dict[str, str]:
+    """Adapter → method, of the adapters that sit on `model`; those of peft's own are told by its wrapper."""
+    found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})
+    return found
 
 
 def stored_config(directory: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    owners,
     stored_config,
     stored_tensors,
 )
@@ -343,12 +344,6 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def base_of(module: nn.Module) -> nn.Module:
     """The layer itself, without the wrapper."""
     return module.base_layer if isinstance(module, AdapterLayer) else module
-
-
-def owners(model: nn.Module) -> dict[str, str]:
-    """Adapter → method, of the adapters that sit on `model`."""
-    found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})
-    return found
 
 
 def check_room(model: nn.Module, method: Method[Any], name: str) -> None:

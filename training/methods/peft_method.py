@@ -21,6 +21,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    owners,
     stored_config,
     stored_tensors,
 )
@@ -164,6 +165,12 @@ class PeftMethod(Method[Config]):
                 raise Conflict(f"The model carries an adapter called '{name}' already.", "Choose another name.")
         elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise InvalidInput("The model carries adapters already.", "Attach to the `model` of the first `Adapted`.")
+        elif owners(base):
+            others = ", ".join(sorted(set(owners(base).values())))
+            raise InvalidInput(
+                f"The model carries {others} adapters; '{self.name}' cannot join them.",
+                "Merge them, or load the base anew.",
+            )
         _check_name(base, name, PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type) or "")
         training = base.training
         if isinstance(model, PeftModel):
