@@ -18,6 +18,7 @@ CATALOG: dict[str, str] = {
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",
+    "scaling-sft": "training.methods.scaling_sft",
     "full": "training.methods.full",
 }
 

@@ -283,6 +283,12 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
+def base_size(model: nn.Module) -> int:
+    """The number of the base's own parameters, tied ones once, whatever adapters sit on it."""
+    mine = {id(parameter) for layer in adapter_layers(model).values() for parameter in layer.slots.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in mine)
+
+
 def owners(model: nn.Module) -> dict[str, str]:
     """Adapter → method, of the adapters that sit on `model`."""
     found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})

@@ -42,6 +42,7 @@ CASES = [
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
+    Case("scaling-sft", {"density": 0.02}),
     Case("full", draws=False),
 ]
 
