@@ -19,6 +19,7 @@ CATALOG: dict[str, str] = {
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",
     "scaling-sft": "training.methods.scaling_sft",
+    "composable-sft": "training.methods.composable_sft",
     "full": "training.methods.full",
 }
 

@@ -61,6 +61,7 @@ class MethodCard:
         changes_base: trains the base's own parameters instead of adding some.
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
+        early_stopping: every validation judges what would be stored; not where a phase of training is thrown away.
     """
 
     title: str
@@ -75,11 +76,16 @@ class MethodCard:
     changes_base: bool = False
     checkpointing: bool = True
     sharding: bool = True
+    early_stopping: bool = True
 
     @property
     def refuses(self) -> list[str]:
         """The options under a recipe's `training` that do not go with the method."""
-        options = {"gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        options = {
+            "gradient_checkpointing": self.checkpointing,
+            "shard_base": self.sharding,
+            "early_stopping": self.early_stopping,
+        }
         return [option for option, allowed in options.items() if not allowed]
 
 
@@ -179,6 +185,14 @@ class Adapted(ABC):
         (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
 
     # What only some papers ask for. The trainer honours each.
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What a stopped training goes on from, beside the optimiser's state; `tensors()`, unless it takes more."""
+        return self.tensors()
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Exact inverse of `checkpoint()`, on an adapter freshly attached with the same options."""
+        self.restore(tensors)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Trainer callbacks: layers that wake and sleep, indices that are dropped and regrown."""

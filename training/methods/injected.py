@@ -381,7 +381,8 @@ def fold(model: nn.Module, place: str, adapter: str) -> None:
     """Add an adapter's update to the weight and bias of one wrapped layer, in float32, rounded once."""
     wrapper: Any = model.get_submodule(place)
     layer, slot = wrapper.base_layer, wrapper.slots[adapter]
-    weight, bias = matrix(layer), None if layer.bias is None else layer.bias.detach().float()
+    bias = getattr(layer, "bias", None)  # embeddings have none
+    weight, bias = matrix(layer), None if bias is None else bias.detach().float()
     with torch.no_grad():
         merged, shift = weight + slot.update(weight), slot.shift(weight, bias)
         if not torch.isfinite(merged).all():

@@ -111,7 +111,7 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """∂L/∂x = g(W + Δ), ∂L/∂δ = G[η]; G is gone when this returns."""
         x, values, indices, weight = ctx.saved_tensors
         of_x = of_values = None
@@ -186,7 +186,7 @@ class SpielSlot(Slot):
         layer: Any = base
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        output: Tensor = SparseLinear.apply(
+        output: Tensor = SparseLinear.apply(  # type: ignore[no-untyped-call]
             x, self.delta.values, self.delta.indices, layer.weight, layer.bias, self.transposed, self.candidates
         )
         return output
@@ -249,7 +249,7 @@ class GrowingOptimizer(torch.optim.Optimizer, ABC):
         """Replace at most `count` of the slot's entries."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all δ, and a reselection where its time has come."""
         loss = None
         if closure is not None:
@@ -306,7 +306,7 @@ class AgedAdamW(GrowingOptimizer):
         state["first"].lerp_(gradient, 1 - BETAS[0])
         state["second"].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         first, second = (state[name] / _bias(beta, state["age"]) for name, beta in zip(_MOMENTS, BETAS, strict=True))
-        slot.delta.values -= learning_rate * first / (second.sqrt() + EPSILON)
+        slot.delta.values.sub_(learning_rate * first / (second.sqrt() + EPSILON))
 
     def regrow(self, slot: SpielSlot, count: int) -> None:
         """Drop the smallest |δ|, grow the largest |ΣG| among the candidates that do not stay active."""
@@ -347,7 +347,7 @@ class SM3(GrowingOptimizer):
         size = len(state["columns"])
         row, column = slot.delta.indices.long() // size, slot.delta.indices.long() % size
         bound = torch.minimum(state["rows"][row], state["columns"][column]) + gradient.square()
-        slot.delta.values -= learning_rate * gradient * (bound + EPSILON).rsqrt()
+        slot.delta.values.sub_(learning_rate * gradient * (bound + EPSILON).rsqrt())
         state["rows"].scatter_reduce_(0, row, bound, "amax")
         state["columns"].scatter_reduce_(0, column, bound, "amax")
 
@@ -440,7 +440,7 @@ class ScalingSft(InjectedMethod[ScalingSftConfig]):
             raise InvalidInput("'scaling-sft' needs the number of training steps, which decides when it selects.")
         if context.total_steps <= config.accumulate:
             raise InvalidInput(
-                f"A training of {context.total_steps} steps ends before the first selection, after {config.accumulate}.",
+                f"In {context.total_steps} training steps there is no selection after step {config.accumulate}.",
                 "Train longer, or lower method.accumulate.",
             )
         adapted: ScalingSftAdapted = super().attach(model, config, context, name)

@@ -43,6 +43,7 @@ CASES = [
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
     Case("scaling-sft", {"density": 0.02}),
+    Case("composable-sft", {"density": 1.0}, draws=False),
     Case("full", draws=False),
 ]
 

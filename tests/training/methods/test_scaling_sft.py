@@ -391,7 +391,7 @@ def test_a_loaded_adapter_keeps_its_places(tmp_path: Path) -> None:
 def test_what_does_not_go_is_said() -> None:
     with pytest.raises(InvalidInput, match="needs the number of training steps"):
         METHOD.attach(Layer(), ScalingSftConfig(), AttachContext())
-    with pytest.raises(InvalidInput, match="5 steps ends before the first selection, after 5"):
+    with pytest.raises(InvalidInput, match="In 5 training steps there is no selection after step 5"):
         attach(Layer(), total=5)
     with pytest.raises(InvalidInput, match="81 entries are to train, but the adapted layers have 80"):
         attach(Layer(), entries=81)
