@@ -314,8 +314,8 @@ class ComposableSftAdapted(InjectedAdapted):
             for place, slot in self.slots().items()
             for name in slot.names
         ]
-        total: Tensor = torch.stack(sums).sum()
-        return self.config.l1 / base_size(self.model) * total
+        penalty: Tensor = torch.stack(sums).sum() * (self.config.l1 / base_size(self.model))
+        return penalty
 
     def callbacks(self) -> list[TrainerCallback]:
         """What changes the phase, in the first training."""

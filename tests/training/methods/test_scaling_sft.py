@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -79,6 +81,22 @@ def test_outputs_and_gradients_are_those_of_the_dense_sum(transposed: bool, dtyp
     assert_close(output, expected)
     assert_close(x.grad, y.grad)
     assert_close(slot.delta.values.grad, weight.grad.view(-1)[slot.delta.indices.long()].float())
+
+
+def test_under_autocast_it_computes_what_the_dense_sum_does() -> None:
+    adapted = attach(Layer(), entries=17)
+    slot, base = only(adapted), adapted.layers()["layer"].base_layer
+    slot.delta.values.data.normal_()
+    weight = (base.weight + dense(base.weight, slot.delta.indices, slot.delta.values)).detach().requires_grad_()
+    x, y = inputs(0).requires_grad_(), inputs(0).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = adapted.model(x), functional.linear(y, weight, base.bias)
+        output.float().square().sum().backward()
+        expected.float().square().sum().backward()
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    assert_close(x.grad, y.grad)
+    assert_close(slot.delta.values.grad, weight.grad.view(-1)[slot.delta.indices.long()])
 
 
 def test_nothing_dense_outlives_the_forward_pass() -> None:
@@ -376,6 +394,28 @@ def test_a_crashed_training_resumes_to_the_same_bits(tmp_path: Path, growth: str
     started = fresh_llama(growth).tensors()
     moved = [not torch.equal(t, started[name]) for name, t in whole.tensors().items() if name.endswith("indices")]
     assert all(moved)
+
+
+def test_two_processes_grow_the_same_entries_from_different_data(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "meeting"),), nprocs=2)
+
+
+def _one_of_two(rank: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    adapted = attach(Layer(), total=17, entries=20, reselect_every=5, accumulate=3)
+    parallel, optimizer, slot = DistributedDataParallel(adapted.model), adapted.optimizer(0.05, 0.0), only(adapted)
+    started = slot.delta.indices.clone()
+    for step in range(10):
+        parallel(inputs(step * 2 + rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for tensor in (slot.delta.indices, slot.delta.values.data, *optimizer.state[slot.delta.values].values()):
+            other = tensor.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(other, tensor)
+    assert not torch.equal(slot.delta.indices, started)
+    dist.destroy_process_group()
 
 
 def test_a_loaded_adapter_keeps_its_places(tmp_path: Path) -> None:
