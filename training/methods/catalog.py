@@ -31,6 +31,8 @@ CATALOG: dict[str, str] = {
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
     "prefix-tuning": "training.methods.prefix_tuning",
+    "scaling-sft": "training.methods.scaling_sft",
+    "composable-sft": "training.methods.composable_sft",
     "full": "training.methods.full",
     "lisa": "training.methods.lisa",
     "galore": "training.methods.galore",

@@ -65,6 +65,7 @@ class MethodCard:
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
         processes: trains on several data-parallel processes.
+        early_stopping: every validation judges what would be stored; not where a phase of training is thrown away.
     """
 
     title: str
@@ -82,6 +83,7 @@ class MethodCard:
     checkpointing: bool = True
     sharding: bool = True
     processes: bool = True
+    early_stopping: bool = True
 
     @property
     def refuses(self) -> list[str]:
@@ -91,6 +93,7 @@ class MethodCard:
             "gradient_checkpointing": self.checkpointing,
             "shard_base": self.sharding,
             "processes": self.processes,
+            "early_stopping": self.early_stopping,
         }
         return [option for option, allowed in options.items() if not allowed]
 
@@ -191,6 +194,14 @@ class Adapted(ABC):
         (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
 
     # What only some papers ask for. The trainer honours each.
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What a stopped training goes on from, beside the optimiser's state; `tensors()`, unless it takes more."""
+        return self.tensors()
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Exact inverse of `checkpoint()`, on an adapter freshly attached with the same options."""
+        self.restore(tensors)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Trainer callbacks: layers that wake and sleep, indices that are dropped and regrown."""

@@ -346,6 +346,12 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
+def base_size(model: nn.Module) -> int:
+    """The number of the base's own parameters, tied ones once, whatever adapters sit on it."""
+    mine = {id(parameter) for layer in adapter_layers(model).values() for parameter in layer.slots.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in mine)
+
+
 def check_room(model: nn.Module, method: Method[Any], name: str) -> None:
     """Raise unless an adapter called `name` of `method` can join what `model` carries."""
     there = owners(model)
@@ -433,7 +439,8 @@ def fold(model: nn.Module, place: str, adapter: str) -> None:
     """Add an adapter's update to the weight and bias of one wrapped layer, in float32, rounded once."""
     wrapper: Any = model.get_submodule(place)
     layer, slot = wrapper.base_layer, wrapper.slots[adapter]
-    weight, bias = matrix(layer), None if layer.bias is None else layer.bias.detach().float()
+    bias = getattr(layer, "bias", None)  # embeddings have none
+    weight, bias = matrix(layer), None if bias is None else bias.detach().float()
     with torch.no_grad():
         merged, shift = weight + slot.update(weight), slot.shift(weight, bias)
         if not torch.isfinite(merged).all():

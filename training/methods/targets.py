@@ -49,7 +49,7 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
-        output = _output_embeddings(model)
+        output = output_embeddings(model)
         chosen = [name for name, layer in layers.items() if layer is not output]
     elif isinstance(targets, str):
         chosen = [name for name in layers if _pattern(targets).fullmatch(name)]
@@ -117,7 +117,8 @@ def _ends_with_any(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of a vocabulary, where the model has one; under an adapter's, the base layer."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
     return output.get_base_layer() if isinstance(output, BaseTunerLayer) else output

@@ -79,6 +79,8 @@ CASES = [
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
+    Case("scaling-sft", {"density": 0.02}),
+    Case("composable-sft", {"density": 1.0}, draws=False),
     Case("full", draws=False),
     Case("lisa", {"layers": 1}, draws=False),
     Case("lisa", {"layers": 1, "embeddings_and_head": False}, label="blocks", draws=False),
