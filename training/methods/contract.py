@@ -56,6 +56,7 @@ class MethodCard:
         backbones: model types on which it is contract-tested ("llama", "gpt2", "bert", "t5", "vit", …).
         modality: what the backbones read.
         merge: whether the adapter folds into the base weights, and how exactly.
+        adds_biases: merging gives layers without a bias one, so that the merged model has more tensors than the base.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         needs_calibration: `AttachContext.calibration` must be given.
         changes_base: trains the base's own parameters instead of adding some.
@@ -70,6 +71,7 @@ class MethodCard:
     backbones: tuple[str, ...]
     modality: tuple[str, ...] = ("language",)
     merge: Literal["exact", "approximate", "no"] = "exact"
+    adds_biases: bool = False
     identity_at_init: bool = True
     needs_calibration: bool = False
     changes_base: bool = False

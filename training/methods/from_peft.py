@@ -459,6 +459,7 @@ class VbLoraConfig(LinearConfig):
     rank: int = Field(4, ge=1, description="r, the inner dimension of BA.")
     vectors: int = Field(256, ge=1, description="h, the number of vectors in the bank.")
     vector_length: int = Field(256, ge=1, description="b, their length: must divide every layer's inputs and outputs.")
+    bank_bound: float = Field(0.02, gt=0, description="The bank starts uniform on ±this.")
     top_k: int = Field(2, ge=1, description="k, how many vectors of the bank a sub-vector mixes.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an input of A in training.")
 
@@ -482,6 +483,7 @@ VB_LORA = FromPeft(
         "vectors": "num_vectors",
         "vector_length": "vector_length",
         "top_k": "topk",
+        "bank_bound": "init_vector_bank_bound",
         "dropout": "vblora_dropout",
     },
     size=lambda config, m, n: config.vectors * config.rank * (m + n) // config.vector_length,

@@ -53,7 +53,7 @@ class Slot(nn.Module, ABC):
                 tensor.copy_(tensors[name])
 
     def update(self, weight: Tensor) -> Tensor:
-        """ΔW [m, n] for the layer's weight W [m, n], both float32.
+        """ΔW for the layer's weight W, both float32 and [m, n]; [m] for a norm, [m, n, …] for a convolution.
 
         Raises:
             NotMergeable: the slot changes more than a weight.
@@ -366,7 +366,7 @@ def misfit(directory: Path, model: nn.Module, reason: str) -> CorruptArtifact:
 
 
 def matrix(layer: Any) -> Tensor:
-    """A linear layer's weight as W [m outputs, n inputs], detached, float32; a view of `Conv1D`'s transposed one."""
+    """A layer's weight, outputs first (W [m, n] of a linear one), detached, float32; `Conv1D`'s is stored transposed."""
     weight: Tensor = layer.weight.detach()
     return (weight.T if isinstance(layer, Conv1D) else weight).float()
 
@@ -375,7 +375,8 @@ def fold(model: nn.Module, place: str, adapter: str) -> None:
     """Add an adapter's update to the weight and bias of one wrapped layer, in float32, rounded once."""
     wrapper: Any = model.get_submodule(place)
     layer, slot = wrapper.base_layer, wrapper.slots[adapter]
-    weight, bias = matrix(layer), None if layer.bias is None else layer.bias.detach().float()
+    bias = getattr(layer, "bias", None)
+    weight, bias = matrix(layer), None if bias is None else bias.detach().float()
     with torch.no_grad():
         merged, shift = weight + slot.update(weight), slot.shift(weight, bias)
         if not torch.isfinite(merged).all():
