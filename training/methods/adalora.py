@@ -163,10 +163,8 @@ class AdaLora(PeftMethod[AdaLoraConfig]):
         sharding=False,
     )
 
-    def attach(
-        self, model: nn.Module, config: AdaLoraConfig, context: AttachContext, name: str = "default"
-    ) -> PeftAdapted:
-        """As every method of peft, with the schedule laid over `context.total_steps`.
+    def configure(self, model: nn.Module, config: AdaLoraConfig, context: AttachContext) -> PeftConfig:
+        """`peft.AdaLoraConfig`, its schedule laid over `context.total_steps`.
 
         Raises:
             InvalidInput: the number of steps is not known, or too small for a schedule.
@@ -177,18 +175,14 @@ class AdaLora(PeftMethod[AdaLoraConfig]):
         first, last = int(config.warmup * steps), steps - int(config.final * steps)
         if first >= last:
             raise InvalidInput(f"{steps} steps are too few for adalora to drop ranks in.", "Raise training.steps.")
-        adapted = super().attach(model, config, context, name)
-        peft_config = adapted.peft_config
+        peft_config: Any = self.peft_config(model, config)
         peft_config.total_step, peft_config.tinit, peft_config.tfinal = steps, first, steps - last
-        return adapted
+        return peft_config  # type: ignore[no-any-return]
 
     def peft_config(self, model: nn.Module, config: AdaLoraConfig) -> PeftConfig:
-        """`peft.AdaLoraConfig`; the schedule comes with `attach`."""
+        """`peft.AdaLoraConfig` on exactly the selected layers, for a training of one step."""
         layers = linear_modules(model)
         names = select(model, config.targets, config.exclude)
-        for name in names:
-            if config.initial_rank > min(shape(layers[name])) and config.targets != ALL_LINEAR:
-                raise InvalidInput(f"initial_rank {config.initial_rank} is above the size of {name}.")
         return peft.AdaLoraConfig(
             init_r=config.initial_rank,
             target_r=config.rank,
@@ -224,7 +218,8 @@ class AdaLora(PeftMethod[AdaLoraConfig]):
             for other in others:
                 other.inference_mode = False
         for layer in adapter_layers(adapted, "lora_E"):
-            rank: Any = layer.ranknum[name]  # a constant that peft holds as a frozen float32 parameter
+            rank: Any = layer.ranknum[name]  # a constant, which peft unfreezes and widens on a base of low precision
+            rank.requires_grad_(False)
             rank.data = rank.to(layer.get_base_layer().weight.dtype)
         return adapted
 

@@ -40,6 +40,7 @@ CATALOG: dict[str, str] = {
     "ssf": "training.methods.ssf",
     "ia3": "training.methods.ia3",
     "prompt-tuning": "training.methods.prompt_tuning",
+    "cpt": "training.methods.cpt",
     "prefix-tuning": "training.methods.prefix_tuning",
     "full": "training.methods.full",
 }

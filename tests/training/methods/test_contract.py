@@ -72,7 +72,7 @@ CASES = [
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
-    # Case("cpt", {"virtual_tokens": 24, "epsilon": 20.0, "demonstrations": DEMONSTRATIONS}, draws=False),
+    Case("cpt", {"virtual_tokens": 24, "epsilon": 20.0, "demonstrations": DEMONSTRATIONS}, draws=False),
     Case("full", draws=False),
 ]
 
