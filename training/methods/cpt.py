@@ -193,7 +193,6 @@ class Cpt(SoftPromptMethod[CptConfig]):
         """p · d."""
         return config.virtual_tokens * int(model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
 
-
     def _put(self, model: nn.Module, peft_config: PeftConfig, name: str) -> PeftAdapted:
         adapted = super()._put(model, peft_config, name)
         encoder: Any = adapted.encoder  # type: ignore[attr-defined]
@@ -256,7 +255,7 @@ def _give_loss(model: PeftModel, args: tuple[Any, ...], outputs: Any) -> None:
     labels = vars(model).pop("_labels", None)
     if labels is not None:
         base: Any = model.get_base_model()
-        outputs.loss = base.loss_function(outputs.logits, labels, vocab_size=base.config.vocab_size)
+        outputs.loss = base.loss_function(outputs.logits.contiguous(), labels, vocab_size=base.config.vocab_size)
 
 
 METHOD = Cpt()

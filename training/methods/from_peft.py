@@ -631,7 +631,9 @@ class BoftConfig(LinearConfig):
     """Hyper-parameters of BOFT."""
 
     block_size: int = Field(4, ge=2, description="b, the size of each rotation: must divide every layer's inputs.")
-    factors: int = Field(1, ge=1, description="f, the number of butterfly factors; more than one need peft's CUDA code.")
+    factors: int = Field(
+        1, ge=1, description="f, the number of butterfly factors; more than one need peft's CUDA code."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of leaving a block unrotated in training.")
 
 

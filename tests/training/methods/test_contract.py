@@ -91,9 +91,7 @@ class Trial:
         self.calibration = BACKBONES[backbone].calibration
 
     def attach(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:
-        context = AttachContext(
-            seed=seed, processor=tiny_tokenizer(), calibration=self.calibration, total_steps=10
-        )
+        context = AttachContext(seed=seed, processor=tiny_tokenizer(), calibration=self.calibration, total_steps=10)
         return self.method.attach(model or self.build(), self.config, context, name)
 
     def trained(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:

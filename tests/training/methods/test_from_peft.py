@@ -182,7 +182,9 @@ def test_a_conv1d_is_refused_where_peft_has_none(method: str) -> None:
         chosen.attach(tiny_gpt2(), chosen.config_type(), AttachContext())
 
 
-@pytest.mark.parametrize(("method", "first", "second"), [("vera", {"rank": 4}, {"rank": 3}), ("randlora", {}, {"projection_seed": 1})])
+@pytest.mark.parametrize(
+    ("method", "first", "second"), [("vera", {"rank": 4}, {"rank": 3}), ("randlora", {}, {"projection_seed": 1})]
+)
 def test_adapters_on_one_model_must_agree_on_the_frozen_part(method, first, second) -> None:
     chosen = get_method(method)
     adapted = chosen.attach(tiny_llama(), chosen.config_type(**first), AttachContext())
