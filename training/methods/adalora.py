@@ -132,7 +132,7 @@ class Allocation(TrainerCallback):
             scores.append(E[:, 0] + A.mean(dim=1) + B.mean(dim=0))  # [r₀]
         kept = torch.zeros(sum(map(len, scores)), device=scores[0].device)
         kept[torch.cat(scores).topk(budget).indices] = 1
-        for part, mask in zip(parts, kept.split([len(score) for score in scores]), strict=True):
+        for part, mask in zip(parts, torch.split(kept, [len(score) for score in scores]), strict=True):
             part["E"].mul_(mask[:, None])
             memory[part["E"]]["kept"] = mask[:, None].clone()
 
@@ -177,7 +177,7 @@ class AdaLora(PeftMethod[AdaLoraConfig]):
             raise InvalidInput(f"{steps} steps are too few for adalora to drop ranks in.", "Raise training.steps.")
         peft_config: Any = self.peft_config(model, config)
         peft_config.total_step, peft_config.tinit, peft_config.tfinal = steps, first, steps - last
-        return peft_config  # type: ignore[no-any-return]
+        return peft_config
 
     def peft_config(self, model: nn.Module, config: AdaLoraConfig) -> PeftConfig:
         """`peft.AdaLoraConfig` on exactly the selected layers, for a training of one step."""

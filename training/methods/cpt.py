@@ -1,4 +1,4 @@
-"""CPT: a prompt that starts as labelled examples and moves no further than a small ball (Blau et al., arXiv 2410.17222).
+"""CPT: a prompt that starts as labelled examples and stays within a small ball (Blau et al., arXiv 2410.17222).
 
     [E₀ + D; X] instead of X,    ‖D_i‖ ≤ ε_i·√(d/2048),    D ∈ ℝ^{p×d} trained from zero
 
@@ -65,7 +65,7 @@ class CptConfig(MethodConfig):
     separator: str = Field("\n", description="After its output.")
 
 
-class Context(CPTEmbedding):  # type: ignore[misc]
+class Context(CPTEmbedding):
     """peft's E₀ and D, with a projection that leaves alone what it has projected.
 
     peft's scales a row again and again where rounding leaves its norm an ulp above ε: every forward pass, in evaluation
@@ -118,7 +118,8 @@ class CptAdapted(SoftPromptAdapted):
         labels = torch.tensor(config.cpt_token_ids, device=logits.device)[places.to(logits.device)]
         losses = cross_entropy(logits[places.to(logits.device) - 1].float(), labels, reduction="none")
         behind = (types.max() - types[places]) // LABEL + 1  # 1 for the last demonstration; the example itself is 0
-        return self.context_weight * (losses * config.opt_loss_decay_factor ** behind.to(losses)).mean()
+        weighted: Tensor = losses * config.opt_loss_decay_factor ** behind.to(losses)
+        return self.context_weight * weighted.mean()
 
 
 class Cpt(SoftPromptMethod[CptConfig]):
@@ -233,7 +234,10 @@ def _demonstrations(config: CptConfig, context: AttachContext) -> Iterator[Typed
             parts = (config.input_template, shown.input, config.output_template, shown.output, config.separator)
             kinds = (INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, LABEL, SEPARATOR)
             tokens = [context.processor(part, add_special_tokens=False)["input_ids"] if part else [] for part in parts]
-            yield sum(tokens, []), [kind for kind, part in zip(kinds, tokens, strict=True) for _ in part]
+            yield (
+                [token for part in tokens for token in part],
+                [kind for kind, part in zip(kinds, tokens, strict=True) for _ in part],
+            )
     elif context.calibration is None:
         raise InvalidInput("cpt needs calibration data or demonstrations.", "Set method.demonstrations.")
     else:

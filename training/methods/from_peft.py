@@ -6,7 +6,7 @@ paper's, but for the places: most papers adapt the query and value projections, 
 
     vera        ΔW = diag(b)·B·diag(d)·A      A, B random, frozen, one pair for all layers (cut to size); b, d train
     loha        ΔW = (α/r)(B₁A₁) ⊙ (B₂A₂)     rank up to r²
-    lokr        ΔW = (α/r)·C ⊗ D              C [a, c] with a, c near the square roots (or `factor`); D low-rank if large
+    lokr        ΔW = (α/r)·C ⊗ D              C [a, c], a and c near the square roots (or `factor`); D low-rank
     oft         R = diag(R₁, …), R_i = (I + Q_i)(I − Q_i)⁻¹, Q_i skew; peft sums a few terms of the inverse's series
     boft        h = diag(s)·W·R₁⋯R_f x        each factor as oft's between two butterfly permutations
     fourierft   ΔW = α·Re(IDFT₂(F))           F [m, n] sparse: n coefficients at seeded places, Gaussian at the start
@@ -23,8 +23,8 @@ paper's, but for the places: most papers adapt the query and value projections, 
     shira       ΔW sparse: r(m + n) entries at seeded places
 
 vera's frozen pair is stored, as peft does, though a seed makes it, since generators may differ between versions;
-randlora's is as large as the largest layer, and is made anew. Not here, of what peft has: what learns routers over a library of adapters
-(Poly, X-LoRA), tokens or caches (trainable tokens, Cartridge), or the base itself (OSF).
+randlora's is as large as the largest layer, and is made anew. Not here, of what peft has: what learns routers over a
+library of adapters (Poly, X-LoRA), tokens or caches (trainable tokens, Cartridge), or the base itself (OSF).
 """
 
 import math
@@ -677,7 +677,8 @@ HRA = FromPeft(
     MethodCard(
         title="A chain of reflections of a layer's inputs",
         family="reparameterised / orthogonal",
-        paper="Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, arXiv 2405.17484",
+        paper="Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, "
+        "arXiv 2405.17484",
         parameters="Σ rn over the adapted m × n layers",
         backbones=LINEAR,
         modality=("language", "vision"),

@@ -366,7 +366,7 @@ def misfit(directory: Path, model: nn.Module, reason: str) -> CorruptArtifact:
 
 
 def matrix(layer: Any) -> Tensor:
-    """A layer's weight, outputs first (W [m, n] of a linear one), detached, float32; `Conv1D`'s is stored transposed."""
+    """A layer's weight, outputs first (W [m, n] of a linear one), detached, float32; of `Conv1D`, a transposed view."""
     weight: Tensor = layer.weight.detach()
     return (weight.T if isinstance(layer, Conv1D) else weight).float()
 

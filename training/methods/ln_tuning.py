@@ -37,7 +37,7 @@ class LnTuningAdapted(PeftAdapted):
         merged = super().merge()
         norms = norm_modules(merged)
         for name, norm in norm_modules(self.model.get_base_model()).items():
-            norms[name].to(norm.weight.dtype)
+            norms[name].to(next(norm.parameters()).dtype)
             norms[name]._forward_pre_hooks.clear()
             norms[name]._forward_hooks.clear()
         return merged
@@ -89,10 +89,10 @@ class LnTuning(PeftMethod[LnTuningConfig]):
         return adapted
 
 
-def _widen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The norm's input in its own dtype; `_narrow` undoes it."""
     x, *others = args
-    norm._outer_dtype = x.dtype  # type: ignore[assignment]
+    norm._outer_dtype = x.dtype
     return (x.to(torch.float32), *others)
 
 

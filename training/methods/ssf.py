@@ -57,12 +57,12 @@ class SsfSlot(Slot):
         shift: whether there is a β.
     """
 
-    def __init__(self, layer: nn.Module, shift: bool) -> None:
+    def __init__(self, layer: Any, shift: bool) -> None:
         super().__init__()
         size = outputs(layer)
         self.scale = nn.Parameter(torch.ones(size))
         self.offset = nn.Parameter(torch.zeros(size)) if shift else None
-        self.trailing = max(0, layer.weight.ndim - 2)  # type: ignore[operator, arg-type]  # axes after the channels
+        self.trailing = max(0, int(layer.weight.ndim) - 2)  # axes after the channels
         self.one = 1.0 if adds_one(layer) else 0.0
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Ssf(InjectedMethod[SsfConfig]):
             slot = SsfSlot(layer, shifts(layer, config))
             with torch.no_grad():
                 for parameter in slot.parameters():
-                    parameter += config.init_std * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=config.init_std)
             slots[name] = slot
         return slots
 

@@ -45,7 +45,7 @@ def loha(W: Tensor, own: State, shared: State) -> Tensor:
 
 def lokr(W: Tensor, own: State, shared: State) -> Tensor:
     C, D = own("lokr_w1"), own("lokr_w2_a") @ own("lokr_w2_b")
-    a, b = D.shape
+    a = len(D)
     return W + 3 / 2 * torch.cat([torch.cat([c * D for c in row], dim=1) for row in C]).reshape(len(C) * a, -1)
 
 
