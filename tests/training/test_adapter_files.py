@@ -92,9 +92,9 @@ def test_a_directory_of_peft_is_attached_by_its_type(tmp_path: Path) -> None:
             assert read_adapter(tmp_path / method).method == method
             back = attach_stored(tiny_llama(), tmp_path / method, base_identity=IDENTITY)
             assert torch.allclose(logits(back.model, BATCH), logits(adapted.model, BATCH), atol=1e-6)
-    peft.get_peft_model(tiny_llama(), peft.LoHaConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
-    with pytest.raises(InvalidInput, match="'LOHA'"):
-        read_adapter(tmp_path / "loha")
+    peft.get_peft_model(tiny_llama(), peft.PveraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "pvera")
+    with pytest.raises(InvalidInput, match="'PVERA'"):
+        read_adapter(tmp_path / "pvera")
 
 
 def test_a_pickle_is_refused_unopened(stored: tuple[Path, Adapted]) -> None:

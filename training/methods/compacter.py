@@ -25,9 +25,9 @@ from infra.errors import InvalidInput
 from training.methods.bottleneck import Activation, Bottleneck, BottleneckSlot, Weights
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.injected import InjectedMethod, Slot
-from training.methods.norms import NormSlot, is_norm, norm_modules
+from training.methods.norms import NormSlot
 from training.methods.sublayers import ATTENTION_OUTPUT, FEEDFORWARD_OUTPUT, known_layers
-from training.methods.targets import linear_modules, shape
+from training.methods.targets import is_norm, linear_modules, norm_modules, shape
 
 
 class CompacterConfig(MethodConfig):

@@ -442,13 +442,20 @@ class ComposableSft(InjectedMethod[ComposableSftConfig]):
         entries = sum(delta.values.numel() for slot in slots.values() for delta in _deltas(slot))
         with undone_on_error(model, name):
             config = adapteds[-1].config.model_copy(update={"entries": entries})
-            composed: ComposableSftAdapted = self._put(model, slots, config, name)
+            composed: ComposableSftAdapted = self._put(model, slots, None, config, name)
         return composed
 
-    def _put(self, model: nn.Module, slots: Mapping[str, Slot], config: ComposableSftConfig, name: str) -> Any:
+    def _put(
+        self,
+        model: nn.Module,
+        slots: Mapping[str, Slot],
+        common: nn.Module | None,
+        config: ComposableSftConfig,
+        name: str,
+    ) -> Any:
         groups = {group[0]: group for group in _groups(model)}
         everywhere = {place: slot for first, slot in slots.items() for place in groups[first]}
-        return super()._put(model, everywhere, config, name)
+        return super()._put(model, everywhere, common, config, name)
 
 
 def _parameters(layer: Any) -> dict[str, Tensor]:

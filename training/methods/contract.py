@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -56,6 +56,7 @@ class MethodCard:
         backbones: model types on which it is contract-tested ("llama", "gpt2", "bert", "t5", "vit", …).
         modality: what the backbones read.
         merge: whether the adapter folds into the base weights, and how exactly.
+        adds_biases: merging gives layers without a bias one, so that the merged model has more tensors than the base.
         identity_at_init: a fresh adapter leaves the model's outputs as they are; "nearly" where its start is drawn
             close to that.
         needs_calibration: `AttachContext.calibration` must be given.
@@ -75,6 +76,7 @@ class MethodCard:
     backbones: tuple[str, ...]
     modality: tuple[str, ...] = ("language",)
     merge: Literal["exact", "approximate", "no"] = "exact"
+    adds_biases: bool = False
     identity_at_init: bool | Literal["nearly"] = True
     needs_calibration: bool = False
     count_is_bound: bool = False
@@ -188,7 +190,11 @@ class Adapted(ABC):
     def save(self, directory: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors (the PEFT layout) into `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            held = tensor.detach().cpu().contiguous()
+            shared = any(held.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
+            tensors[name] = held.clone() if shared else held  # a safetensors file has no second name for a tensor
         save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
         content = json.dumps(self.adapter_config(), indent=2, sort_keys=True)
         (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
@@ -225,10 +231,10 @@ class Adapted(ABC):
 class Method(ABC, Generic[Config]):
     """One entry of the catalogue."""
 
-    name: ClassVar[str]
-    card: ClassVar[MethodCard]
+    name: str
+    card: MethodCard
     config_type: type[Config]
-    peft_type: ClassVar[str]  # what adapter_config.json calls it: peft's own word where peft has one
+    peft_type: str  # what adapter_config.json calls it: peft's own word where peft has one
 
     @abstractmethod
     def attach(self, model: nn.Module, config: Config, context: AttachContext, name: str = "default") -> Adapted:

@@ -69,7 +69,7 @@ class Slot(nn.Module, ABC):
                 tensor.copy_(tensors[name])
 
     def update(self, weight: Tensor) -> Tensor:
-        """ΔW [m, n] for the layer's weight W [m, n], both float32.
+        """ΔW for the layer's weight W, both float32 and [m, n]; [m] for a norm, [m, n, …] for a convolution.
 
         Raises:
             NotMergeable: the slot changes more than a weight.
@@ -430,7 +430,7 @@ def misfit(directory: Path, model: nn.Module, reason: str) -> CorruptArtifact:
 
 
 def matrix(layer: Any) -> Tensor:
-    """A linear layer's weight as W [m outputs, n inputs], detached, float32; a view of `Conv1D`'s transposed one."""
+    """A layer's weight, outputs first (W [m, n] of a linear one), detached, float32; of `Conv1D`, a transposed view."""
     weight: Tensor = layer.weight.detach()
     return (weight.T if isinstance(layer, Conv1D) else weight).float()
 

@@ -1,22 +1,10 @@
 """Layer norms that an adapter trains: each has a copy of its own, so that the base's stay as they are."""
 
 import copy
-import re
 
 from torch import Tensor, nn
 
 from training.methods.injected import Slot
-from training.methods.targets import bare_modules
-
-
-def is_norm(layer: nn.Module) -> bool:
-    """Whether a module is a layer norm or RMS norm with a weight."""
-    return bool(re.search("(LayerNorm|RMSNorm)$", type(layer).__name__)) and "weight" in dict(layer.named_parameters())
-
-
-def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer norm and RMS norm of `model` that has a weight, by name, in the model's order."""
-    return {name: layer for name, layer in bare_modules(model) if is_norm(layer)}
 
 
 class NormSlot(Slot):

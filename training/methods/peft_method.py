@@ -101,6 +101,11 @@ class PeftMethod(Method[Config]):
             InvalidInput: the model has nothing that the method can adapt.
         """
 
+    def configure(self, model: nn.Module, config: Config, context: AttachContext) -> PeftConfig:
+        """`peft_config`, for the methods whose configuration also holds something of the context."""
+        del context
+        return self.peft_config(model, config)
+
     @abstractmethod
     def is_active(self, adapted: PeftAdapted) -> bool:
         """Whether what peft put in place is this very method, judged by the modules that now are there."""
@@ -122,11 +127,16 @@ class PeftMethod(Method[Config]):
         del tensors
         return adapter_config
 
+    def completed(self, adapted: PeftAdapted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The stored `tensors` with what peft's own files lack beside Regraft's."""
+        del adapted
+        return tensors
+
     def attach(self, model: nn.Module, config: Config, context: AttachContext, name: str = "default") -> PeftAdapted:
         """Put a fresh adapter on `model`, drawn from `context.seed`; the global random state stays as it was."""
         base = bare(model)
         with _undone_on_error(model, name), seeded(context.seed, model):
-            adapted = self._put(model, self.peft_config(base, config), name)
+            adapted = self._put(model, self.configure(base, config, context), name)
             self.initialise(adapted, config, context)
             self._verify(adapted, self.count(base, config))
         return adapted
@@ -149,7 +159,7 @@ class PeftMethod(Method[Config]):
                 raise CorruptArtifact(
                     f"{directory} does not fit {base}: {error}", "Was it trained on this base?"
                 ) from error
-            adapted.restore(tensors)
+            adapted.restore(self.completed(adapted, tensors))
             if not self.is_active(adapted):
                 raise CorruptArtifact(f"{directory} does not make a '{self.name}' adapter on {type(model).__name__}.")
         return adapted

@@ -32,9 +32,8 @@ from infra.errors import InvalidInput
 from training.methods.bottleneck import Activation, BottleneckSlot, DenseBottleneck, changed, draw, stored_size
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.injected import InjectedMethod, Slot, base_of
-from training.methods.norms import is_norm
 from training.methods.stacks import blocks
-from training.methods.targets import bare_modules, linear_modules, shape
+from training.methods.targets import bare_modules, is_norm, linear_modules, shape
 
 CLOSING_NORM = r"output\.LayerNorm|output_layer_norm"  # of post-norm blocks: BERT's and DistilBERT's relatives
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
@@ -20,7 +20,7 @@ EXCLUDE_HELP = "Names, or name endings, left out of the targets."
 
 
 def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of `model` by name; in the place of an adapter's layer, the base layer that it wraps."""
+    """Every module by name; an adapter's layer stands for the base layer that it wraps, with nothing inside."""
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if skipped and name.startswith(skipped):
@@ -33,6 +33,25 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
     return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def convolution_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution of `model` by name, transposed ones left out; under an adapter's layer, the base layer."""
+    return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a module is a normalisation with a weight of its own.
+
+    Told by the class name, which ends in "Norm" or "Norm1d" in torch and transformers alike.
+    """
+    named = re.search(r"Norm(\dd)?$", type(layer).__name__)
+    return named is not None and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every normalisation of `model` that has a weight, by name; under an adapter's layer, the base layer."""
+    return {name: layer for name, layer in bare_modules(model) if is_norm(layer)}
 
 
 def shape(layer: Any) -> tuple[int, int]:
@@ -58,7 +77,7 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
         unmatched = [target for target in targets if not any(_ends_with_any(name, (target,)) for name in layers)]
         if unmatched:
             raise _no_match(model, layers, unmatched)
-    chosen = [name for name in chosen if not _ends_with_any(name, exclude)]
+    chosen = [name for name in chosen if not excluded(name, exclude)]
     if not chosen:
         raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
     return chosen
@@ -111,6 +130,11 @@ def _pattern(targets: str) -> re.Pattern[str]:
         return re.compile(targets)
     except re.error as error:
         raise InvalidInput(f"targets: '{targets}' is not a regular expression ({error}).") from None
+
+
+def excluded(name: str, exclude: tuple[str, ...]) -> bool:
+    """Whether `exclude` leaves the module `name` out."""
+    return _ends_with_any(name, exclude)
 
 
 def _ends_with_any(name: str, endings: tuple[str, ...]) -> bool:

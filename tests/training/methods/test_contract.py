@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotMergeable
+from tests.tiny_models import tiny_tokenizer
 from tests.training.methods.backbones import BACKBONES, logits, loss, train
 from training.methods.catalog import CATALOG, get_method
 from training.methods.contract import TENSORS_FILE, Adapted, AttachContext
@@ -43,6 +44,8 @@ class Case:
     identity: bool | Literal["nearly"] | None = None
     backbones: tuple[str, ...] | None = None
 
+
+DEMONSTRATIONS = [{"input": "2+3", "output": "5"}, {"input": "4+4", "output": "8"}]
 
 CASES = [
     Case("lora", {"rank": 4, "alpha": 8}),
@@ -75,12 +78,34 @@ CASES = [
     ),
     Case("compacter", {"reduction": 4}),
     Case("compacter", {"reduction": 4, "attention": False, "layer_norms": False}, label="feedforward"),
+    Case("vera", {"rank": 4}, draws=False),
+    Case("randlora", {"rank": 8, "alpha": 8}, draws=False),
+    Case("loha", {"rank": 2, "alpha": 4}),
+    Case("lokr", {"rank": 2, "alpha": 4}),
+    Case("hira", {"rank": 4}),
+    Case("delora", {"rank": 4, "boundary": 2.0}),
+    Case("gralora", {"rank": 4, "alpha": 8, "exclude": ["classifier"]}),
+    Case("miss", {"rank": 4}, draws=False),
+    Case("c3a", {"block_size": 8, "exclude": ["classifier"]}),
+    Case("vb-lora", {"rank": 2, "vectors": 12, "vector_length": 8, "bank_bound": 0.2, "exclude": ["classifier"]}),
+    Case("fourierft", {"frequencies": 20, "scaling": 20.0}),
+    Case("waveft", {"frequencies": 20, "scaling": 1.0}, draws=False),
+    Case("shira", {"rank": 1}, draws=False),
+    Case("oft", {"block_size": 8}, draws=False),
+    Case("boft", {"block_size": 4}, draws=False),
+    Case("hra", {"rank": 4}),
+    Case("road", {"group_size": 8, "exclude": ["classifier"]}, draws=False),
+    Case("adalora", {"rank": 2, "initial_rank": 4}),
+    Case("ln-tuning", draws=False),
+    Case("ssf"),
+    Case("ssf", {"init_std": 0.0}, label="identity", draws=False, identity=True),
     Case("ia3", draws=False),
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
     Case("scaling-sft", {"density": 0.02}),
     Case("composable-sft", {"density": 1.0}, draws=False),
+    Case("cpt", {"virtual_tokens": 24, "epsilon": 20.0, "demonstrations": DEMONSTRATIONS}, draws=False),
     Case("full", draws=False),
     Case("lisa", {"layers": 1}, draws=False),
     Case("lisa", {"layers": 1, "embeddings_and_head": False}, label="blocks", draws=False),
@@ -104,7 +129,7 @@ class Trial:
         self.calibration = BACKBONES[backbone].calibration
 
     def attach(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:
-        context = AttachContext(seed=seed, calibration=self.calibration, total_steps=10)
+        context = AttachContext(seed=seed, processor=tiny_tokenizer(), calibration=self.calibration, total_steps=10)
         return self.method.attach(model or self.build(), self.config, context, name)
 
     def trained(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:
@@ -234,7 +259,9 @@ def test_merged_computes_what_unmerged_does(trial: Trial) -> None:
     merged = adapted.merge()
     assert type(merged) is type(trial.build())
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
-    assert merged.state_dict().keys() == trial.build().state_dict().keys()
+    added = merged.state_dict().keys() - trial.build().state_dict().keys()
+    assert merged.state_dict().keys() >= trial.build().state_dict().keys()
+    assert not added or (trial.card.adds_biases and all(key.endswith(".bias") for key in added))
     assert_close(trial.logits(merged), before, atol=2e-5, rtol=1e-4)
     with torch.no_grad():  # the two share nothing
         for parameter in merged.parameters():
