@@ -137,6 +137,7 @@ class Cpt(SoftPromptMethod[CptConfig]):
         backbones=("llama", "gpt2", "gemma3_text"),
         merge="no",
         identity_at_init=False,
+        packing=False,
         sharding=False,
     )
 
