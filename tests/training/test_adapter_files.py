@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infra.errors import BaseModelMismatch, Conflict, CorruptArtifact, InvalidInput, NotFound
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_llama, tiny_tokenizer
 from tests.training.methods.backbones import BACKBONES, logits, train
 from tests.training.methods.test_contract import CASES
 from training import adapter_files
@@ -25,7 +25,8 @@ RECIPE = {"adapter": "counting", "method": {"name": "lora", "rank": 2}}
 
 
 def trained(method: str = "lora") -> Adapted:
-    context = AttachContext(calibration=BACKBONES["llama"].calibration, total_steps=10)
+    calibration = BACKBONES["llama"].calibration
+    context = AttachContext(processor=tiny_tokenizer(), calibration=calibration, total_steps=10)
     adapted = get_method(method).attach(tiny_llama(), get_method(method).config_type(**OPTIONS[method]), context)
     train(adapted, BATCH)
     return adapted
@@ -85,7 +86,7 @@ def test_another_base_model_is_refused_by_both_names(stored: tuple[Path, Adapted
 
 def test_a_directory_of_peft_is_attached_by_its_type(tmp_path: Path) -> None:
     for method in CATALOG:
-        if isinstance(get_method(method), PeftMethod):
+        if isinstance(get_method(method), PeftMethod) and method != "ist":  # which leaves a plain LoRA
             adapted = trained(method)
             adapted.model.save_pretrained(tmp_path / method)
             assert read_adapter(tmp_path / method).is_foreign

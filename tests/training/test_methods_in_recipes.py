@@ -8,7 +8,7 @@ import torch
 
 from infra.settings import get_settings
 from tests.training.methods.test_contract import CASES
-from tests.training.test_trainer_launch import TRAIN, base, recipe
+from tests.training.test_trainer_launch import TRAIN, VALIDATION, base, recipe
 from training.adapter_files import attach_stored, read_adapter, write_adapter
 from training.base_models import LoadedBase, load_base
 from training.methods.catalog import CATALOG, get_method
@@ -29,7 +29,9 @@ def reading(adapted: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in CATALOG if "llama" in get_method(name).card.backbones])
 def test_a_method_is_trained_by_a_recipe_stored_and_loaded(tmp_path: Path, base: LoadedBase, name: str) -> None:
     chosen = recipe(steps=12).model_copy(update={"method": MethodChoice(name=name, **OPTIONS[name])})
-    adapted, outcome = train_recipe(chosen, base, TRAIN, [], workdir=tmp_path / "run", on_event=lambda event: None)
+    adapted, outcome = train_recipe(
+        chosen, base, TRAIN, VALIDATION, workdir=tmp_path / "run", on_event=lambda event: None
+    )
     assert outcome.steps == 12
     write_adapter(
         tmp_path / "stored",
@@ -56,7 +58,7 @@ def test_a_start_is_computed_once_and_told(tmp_path: Path, base: LoadedBase) -> 
             chosen,
             fresh,
             examples,
-            [],
+            VALIDATION,
             workdir=tmp_path / workdir,
             on_event=lambda event: None,
             on_preparing=lambda *progress: told.append(progress),

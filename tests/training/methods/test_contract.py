@@ -415,7 +415,8 @@ def test_gradient_checkpointing_gives_the_same_gradient_or_is_refused(trial: Tri
     loss(plain.model, trial.batch).backward()
     loss(checkpointed.model, trial.batch).backward()
     for name, parameter in plain.trainable().items():
-        assert_close(checkpointed.trainable()[name].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+        size = parameter.grad.abs().max().clamp_min(1).item()  # rounding is of the tensor's size, not of each entry's
+        assert_close(checkpointed.trainable()[name].grad, parameter.grad, atol=1e-5 * size, rtol=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True])
