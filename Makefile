@@ -35,8 +35,9 @@ demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (
 test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores); on the CPU, also where there is a GPU
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
 
-test-slow: $(VENV)/.dev  ## End-to-end tests on the real SmolLM2
-	@$(BIN)/python -m pytest $(TESTS) -m slow --durations 5
+test-slow: $(VENV)/.dev  ## The method contract on every backbone, and end to end on the real SmolLM2
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/training/methods -m slow -n 2
+	@$(BIN)/python -m pytest $(TESTS) --ignore tests/training/methods -m slow --durations 5
 
 test-gpu: $(VENV)/.dev  ## What a GPU could change: its own tests, the method contract and the lifecycle on CUDA
 	@$(BIN)/python -m pytest $(TESTS) -m gpu

@@ -64,7 +64,7 @@ def show_(name: str, as_json: Json = False) -> None:
             ("paper", card.paper),
             ("parameters", card.parameters),
             ("merges", card.merge),
-            ("fresh adapter", "leaves outputs as they are" if card.identity_at_init else "changes outputs at once"),
+            ("fresh adapter", _FRESH[card.identity_at_init]),
             ("calibration", "needed" if card.needs_calibration else "not needed"),
             ("modality", ", ".join(card.modality)),
             ("tested on", ", ".join(card.backbones)),
@@ -75,6 +75,13 @@ def show_(name: str, as_json: Json = False) -> None:
     rows = [(k, escape(str(_default(f))), escape(f.description or "")) for k, f in fields.items()]
     show(("option", "default", "~what it is"), rows, "No options.")
     console.print(f"\nIn a recipe:\n  [cyan]method:\n    name: {name}[/]")
+
+
+_FRESH = {
+    True: "leaves outputs as they are",
+    "nearly": "hardly changes outputs",
+    False: "changes outputs at once",
+}
 
 
 def _fields(card: Any) -> dict[str, Any]:

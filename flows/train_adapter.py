@@ -130,14 +130,24 @@ def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> Vers
     }
     with mlflow_run(recipe, tags, flow_run.id or "", workdir) as run:
         stage = Stage(f"train {recipe.adapter}")
+        preparing: dict[str, Stage] = {}
 
         def on_event(event: TrainingEvent) -> None:
             stage(event.step, event.total_steps, f"loss {event.loss:.3f}")
             run.log(event)
 
+        def on_preparing(what: str, done: int, total: int) -> None:
+            preparing.setdefault(what, Stage(f"prepare {recipe.adapter}: {what}"))(done, total)
+
         with gpu_slot(best_device()):
             adapted, outcome = train_recipe(
-                recipe, base, data.train, data.validation, workdir=workdir, on_event=on_event
+                recipe,
+                base,
+                data.train,
+                data.validation,
+                workdir=workdir,
+                on_event=on_event,
+                on_preparing=on_preparing,
             )
         with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
             report = Path(scratch) / "report"

@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         return self.home / "runs"
 
     @property
+    def starts(self) -> Path:
+        """Initialisations of adapters that took long to compute."""
+        return self.home / "starts"
+
+    @property
     def services(self) -> Path:
         """Process and port files, logs and data of the local servers."""
         return self.home / "services"

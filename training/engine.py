@@ -244,7 +244,7 @@ class Engine(Trainer):
             return
 
         def fill(directory: Path) -> None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapted.tensors().items()}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapted.checkpoint().items()}
             save_file(tensors, directory / ADAPTER_FILE)
             if self.best:
                 save_file({name: tensor.contiguous() for name, tensor in self.best.items()}, directory / BEST_FILE)
@@ -261,7 +261,7 @@ class Engine(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model
         directory = Path(resume_from_checkpoint)
-        self.adapted.restore(load_file(directory / ADAPTER_FILE))
+        self.adapted.resume(load_file(directory / ADAPTER_FILE))
         if (directory / BEST_FILE).is_file():
             self.best = load_file(directory / BEST_FILE)
 

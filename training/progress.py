@@ -29,6 +29,7 @@ class TrainingEvent:
 
 
 OnEvent = Callable[[TrainingEvent], None]
+OnPreparing = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(slots=True)

@@ -155,7 +155,7 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
         remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method.") else ""
         raise InvalidInput("\n".join(problems), remedy)
     for option in get_method(recipe.method.name).card.refuses:
-        if getattr(recipe.training, option):
+        if getattr(recipe.training, option) != TrainingOptions.model_fields[option].default:
             raise InvalidInput(
                 f"{source}: training.{option} does not go with '{recipe.method.name}'.",
                 "Leave it out, or choose another method.",

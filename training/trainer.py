@@ -29,10 +29,11 @@ from training.freed_memory import freed_memory_kept
 from training.interruption import awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext, Batch
+from training.methods.starts import StartCache
 from training.objectives.causal_lm import CausalLM
 from training.objectives.objective import Objective
 from training.packing_check import check_packing
-from training.progress import OnEvent, Progress, TrainingOutcome
+from training.progress import OnEvent, OnPreparing, Progress, TrainingOutcome
 from training.recipe import Recipe, TrainingOptions
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def train_recipe(
     *,
     workdir: Path,
     on_event: OnEvent,
+    on_preparing: OnPreparing | None = None,
 ) -> tuple[Adapted, TrainingOutcome]:
     """Attach the recipe's adapter to the base model and train it on the examples, on `training.processes` processes.
 
@@ -63,6 +65,7 @@ def train_recipe(
         validation_examples: what the validation loss is taken over, perhaps none.
         workdir: for checkpoints; of this training alone.
         on_event: hears of every step.
+        on_preparing: hears how far a long initialisation of the adapter is.
 
     Raises:
         InvalidInput: an example is too long or has nothing to learn, or the options do not go with the model.
@@ -97,6 +100,10 @@ def train_recipe(
         processor=base.tokenizer,
         calibration=lambda: _calibration(encoded, padding, options.batch_size, recipe.seed),
         total_steps=total_steps(options, len(encoded)),
+        starts=StartCache(
+            get_settings().starts, base.identity.sha256, f"{_fingerprint(encoded)} by {options.batch_size}"
+        ),
+        progress=on_preparing,
     )
     adapted = get_method(recipe.method.name).attach(base.model, recipe.method_config(), context)
     outcome = train(
@@ -301,9 +308,14 @@ def _digest(
     told = [adapted.adapter_config(), options.model_dump(mode="json"), seed, identity]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for part in (examples, validation):
-        for example in part:
-            digest.update(repr((example.input_ids, example.labels)).encode())
-        digest.update(b"|")
+        digest.update(_fingerprint(part).encode())
+    return digest.hexdigest()
+
+
+def _fingerprint(examples: Sequence[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.input_ids, example.labels)).encode())
     return digest.hexdigest()
 
 

@@ -33,8 +33,10 @@ def power_cut_at(step: int):
 def test_every_method_trains_in_bfloat16_and_goes_on_on_the_cpu(tmp_path, method) -> None:
     config = {"dropout": 0.0} if method == "lora" else {}
     chosen = options(validate_every=10)
-    _, expected = run(tmp_path / "cpu", chosen, fresh(method, **config), HELD_OUT)
-    adapted, outcome = run(tmp_path / "gpu", chosen, fresh(method, device="cuda", **config), HELD_OUT)
+    _, expected = run(tmp_path / "cpu", chosen, fresh(method, steps=chosen.steps, **config), HELD_OUT)
+    adapted, outcome = run(
+        tmp_path / "gpu", chosen, fresh(method, device="cuda", steps=chosen.steps, **config), HELD_OUT
+    )
     assert [x for _, x in outcome.losses] == pytest.approx([x for _, x in expected.losses], rel=5e-2)
     assert outcome.validation_losses[-1][1] == pytest.approx(expected.validation_losses[-1][1], rel=5e-2)
     assert outcome.peak_memory_bytes > 0
@@ -50,13 +52,13 @@ def test_every_method_trains_in_bfloat16_and_goes_on_on_the_cpu(tmp_path, method
 @pytest.mark.parametrize("method", sorted(CATALOG))
 def test_a_killed_training_resumes_to_the_same_bits_on_the_gpu(tmp_path, method) -> None:
     chosen = options(steps=8, checkpoint_every=3)
-    whole, _ = run(tmp_path / "whole", chosen, fresh(method, device="cuda"))
+    whole, _ = run(tmp_path / "whole", chosen, fresh(method, device="cuda", steps=chosen.steps))
     with pytest.raises(RuntimeError, match="power"):
-        run(tmp_path / "killed", chosen, fresh(method, device="cuda"), on_event=power_cut_at(5))
-    resumed, outcome = run(tmp_path / "killed", chosen, fresh(method, device="cuda"))
+        run(tmp_path / "killed", chosen, fresh(method, device="cuda", steps=chosen.steps), on_event=power_cut_at(5))
+    resumed, outcome = run(tmp_path / "killed", chosen, fresh(method, device="cuda", steps=chosen.steps))
     assert outcome.resumed_from == 3
     assert same_bits(resumed.tensors(), whole.tensors())
-    assert not same_bits(resumed.tensors(), fresh(method, device="cuda").tensors())
+    assert not same_bits(resumed.tensors(), fresh(method, device="cuda", steps=chosen.steps).tensors())
 
 
 @pytest.mark.parametrize("change", [{"packing": True, "max_length": 24}, {"gradient_checkpointing": True}])

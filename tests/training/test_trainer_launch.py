@@ -105,6 +105,20 @@ def test_two_processes_train_what_one_does_and_stop_and_resume_together(tmp_path
     assert same_bits(copied(resumed), bits)
 
 
+def test_two_processes_train_the_same_layers_in_turn(tmp_path, base) -> None:
+    """IST freezes other layers in every step, by draws and losses on which the processes must agree."""
+    method = MethodChoice(name="ist", rank=4, dropout=0.0, active=0.5, probe_every=2)
+    trained = []
+    for options in ({"batch_size": 8}, {"batch_size": 4, "processes": 2}):
+        chosen = recipe(learning_rate=1e-3, **options).model_copy(update={"method": method})
+        again = load_base(base.reference, cache=tmp_path / "home" / "base_models")
+        workdir = tmp_path / str(options["batch_size"])
+        trained.append(train_recipe(chosen, again, TRAIN, VALIDATION, workdir=workdir, on_event=lambda event: None)[0])
+    expected, both = (copied(adapted) for adapted in trained)
+    for name, tensor in both.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("method", ["lora", "ia3", "prefix-tuning"])
 def test_a_base_that_is_split_over_two_processes_trains_the_same_adapter(tmp_path, base, method) -> None:
     """Of three validation examples the second process has but one."""

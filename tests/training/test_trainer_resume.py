@@ -65,7 +65,7 @@ def test_a_crashed_training_resumes_to_the_same_bits(tmp_path, uninterrupted, cr
     assert same_bits(adapted.tensors(), uninterrupted)
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "prompt-tuning", "prefix-tuning", "full"])
+@pytest.mark.parametrize("method", ["rslora", "dora", "s2ft", "paca", "ia3", "prompt-tuning", "prefix-tuning", "full"])
 def test_every_method_resumes_to_the_same_bits(tmp_path, method) -> None:
     chosen = options(steps=5, checkpoint_every=2)
     whole, _ = run(tmp_path / "whole", chosen, fresh(method))

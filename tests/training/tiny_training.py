@@ -30,11 +30,18 @@ def quiet(event: TrainingEvent) -> None:
     del event
 
 
-def fresh(method: str = "lora", device: str = "cpu", dtype: torch.dtype = torch.float32, **config: object) -> Adapted:
+def fresh(
+    method: str = "lora",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    steps: int | None = OPTIONS.steps,
+    **config: object,
+) -> Adapted:
     chosen = get_method(method)
     if method == "lora":
         config = {"rank": 4, "dropout": 0.1, **config}
-    return chosen.attach(tiny_llama().to(device, dtype), chosen.config_type(**config), AttachContext(seed=0))
+    context = AttachContext(seed=0, total_steps=steps)
+    return chosen.attach(tiny_llama().to(device, dtype), chosen.config_type(**config), context)
 
 
 def run(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,13 @@ Batch = Mapping[str, Tensor]
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class Starts(Protocol):
+    """Keeps tensors that an initialisation has computed."""
+
+    def get(self, what: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors kept for `what`, a JSON-like description of all that decides them; made if there are none."""
 
 
 class MethodConfig(BaseModel):
@@ -49,12 +56,17 @@ class MethodCard:
         backbones: model types on which it is contract-tested ("llama", "gpt2", "bert", "t5", "vit", …).
         modality: what the backbones read.
         merge: whether the adapter folds into the base weights, and how exactly.
-        identity_at_init: a fresh adapter leaves the model's outputs as they are.
+        adds_biases: merging gives layers without a bias one, so that the merged model has more tensors than the base.
+        identity_at_init: a fresh adapter leaves the model's outputs as they are; "nearly" where its start is drawn
+            close to that.
         needs_calibration: `AttachContext.calibration` must be given.
+        count_is_bound: `Method.count` is the most that can come out; calibration data decide how many it is.
         changes_base: trains the base's own parameters instead of adding some.
         packing: trains on several examples in a row, told apart by their position ids.
         checkpointing: trains under activation (gradient) checkpointing.
         sharding: trains on a base whose weights are split over several processes.
+        processes: trains on several data-parallel processes.
+        early_stopping: every validation judges what would be stored; not where a phase of training is thrown away.
     """
 
     title: str
@@ -64,17 +76,27 @@ class MethodCard:
     backbones: tuple[str, ...]
     modality: tuple[str, ...] = ("language",)
     merge: Literal["exact", "approximate", "no"] = "exact"
-    identity_at_init: bool = True
+    adds_biases: bool = False
+    identity_at_init: bool | Literal["nearly"] = True
     needs_calibration: bool = False
+    count_is_bound: bool = False
     changes_base: bool = False
     packing: bool = True
     checkpointing: bool = True
     sharding: bool = True
+    processes: bool = True
+    early_stopping: bool = True
 
     @property
     def refuses(self) -> list[str]:
         """The options under a recipe's `training` that do not go with the method."""
-        options = {"packing": self.packing, "gradient_checkpointing": self.checkpointing, "shard_base": self.sharding}
+        options = {
+            "packing": self.packing,
+            "gradient_checkpointing": self.checkpointing,
+            "shard_base": self.sharding,
+            "processes": self.processes,
+            "early_stopping": self.early_stopping,
+        }
         return [option for option, allowed in options.items() if not allowed]
 
 
@@ -88,6 +110,8 @@ class AttachContext:
         calibration: draws calibration batches, lazily; None where none can be had.
         tasks: names of the tasks trained together (routing methods).
         total_steps: optimiser steps of the training to come (schedules inside a method).
+        starts: keeps what an initialisation has computed, for this base model and these calibration data.
+        progress: hears (stage, done, total) of a long initialisation.
     """
 
     seed: int = 0
@@ -95,6 +119,17 @@ class AttachContext:
     calibration: Callable[[], Iterable[Batch]] | None = None
     tasks: tuple[str, ...] = ()
     total_steps: int | None = None
+    starts: Starts | None = None
+    progress: Callable[[str, int, int], None] | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Tell whoever listens how far a long initialisation is."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def start(self, what: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that take long to compute: what `make` gives, or what it gave for the same `what` before."""
+        return make() if self.starts is None else self.starts.get({"seed": self.seed, **what}, make)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator at this context's seed."""
@@ -155,12 +190,24 @@ class Adapted(ABC):
     def save(self, directory: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors (the PEFT layout) into `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            held = tensor.detach().cpu().contiguous()
+            shared = any(held.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
+            tensors[name] = held.clone() if shared else held  # a safetensors file has no second name for a tensor
         save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
         content = json.dumps(self.adapter_config(), indent=2, sort_keys=True)
         (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
 
     # What only some papers ask for. The trainer honours each.
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What a stopped training goes on from, beside the optimiser's state; `tensors()`, unless it takes more."""
+        return self.tensors()
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Exact inverse of `checkpoint()`, on an adapter freshly attached with the same options."""
+        self.restore(tensors)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Trainer callbacks: layers that wake and sleep, indices that are dropped and regrown."""
@@ -184,10 +231,10 @@ class Adapted(ABC):
 class Method(ABC, Generic[Config]):
     """One entry of the catalogue."""
 
-    name: ClassVar[str]
-    card: ClassVar[MethodCard]
+    name: str
+    card: MethodCard
     config_type: type[Config]
-    peft_type: ClassVar[str]  # what adapter_config.json calls it: peft's own word where peft has one
+    peft_type: str  # what adapter_config.json calls it: peft's own word where peft has one
 
     @abstractmethod
     def attach(self, model: nn.Module, config: Config, context: AttachContext, name: str = "default") -> Adapted:
@@ -221,8 +268,15 @@ class Method(ABC, Generic[Config]):
     def count(self, model: nn.Module, config: Config) -> int:
         """The paper's formula for the number of trainable parameters on a bare `model`.
 
-        Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other.
+        Derived from the model's shapes, not from an attached adapter, so that each can be checked against the other;
+        an upper bound where the card says so.
         """
+
+
+def owners(model: nn.Module) -> dict[str, str]:
+    """Adapter → method, of the adapters that sit on `model`; those of peft's own are told by its wrapper."""
+    found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})
+    return found
 
 
 def stored_config(directory: Path) -> dict[str, Any]:

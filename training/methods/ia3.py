@@ -8,25 +8,20 @@ the attention's output layer too on BERT; here they are the paper's on every fam
 scaled whole, queries included.
 """
 
-import re
-
 import peft
 from peft import PeftConfig
 from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import InvalidInput
 from training.methods.contract import MethodCard, MethodConfig
 from training.methods.peft_method import PeftAdapted, PeftMethod, adapter_layers
-from training.methods.targets import Targets, linear_modules, select, shape, shortest
+from training.methods.sublayers import FEEDFORWARD_OUTPUT, select_known
+from training.methods.targets import Targets, linear_modules, shape, shortest
 
 KEYS_VALUES = (
     r"(.*\.)?(k|v|key|value|[kv]_proj|key_proj|value_proj|[kv]_lin|to_[kv]"
     r"|c_attn|qkv|qkv_proj|in_proj|query_key_value|Wqkv)"
-)
-FEEDFORWARD = (
-    r"(.*\.)?(down_proj|wo|w2|fc2|lin2|linear2|fc_out|dense_4h_to_h|mlp\.c_proj|(?<!attention\.)output\.dense)"
 )
 
 
@@ -84,24 +79,8 @@ def places(model: nn.Module, config: Ia3Config) -> tuple[list[str], list[str]]:
     Raises:
         InvalidInput: the model names its layers in no known way and the configuration does not say.
     """
-    found = []
-    for option, given, known in (
-        ("targets", config.targets, KEYS_VALUES),
-        ("feedforward", config.feedforward, FEEDFORWARD),
-    ):
-        names = (
-            [name for name in linear_modules(model) if re.fullmatch(known, name)]
-            if given is None
-            else select(model, given)
-        )
-        if not names:
-            last = dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model))
-            raise InvalidInput(
-                f"ia3 does not know which layers of {type(model).__name__} are its {option}.",
-                f"Say so: {option}: […]. Linear modules: {', '.join(last)}.",
-            )
-        found.append(names)
-    outputs, inputs = found
+    outputs = select_known(model, config.targets, KEYS_VALUES, "ia3", "targets")
+    inputs = select_known(model, config.feedforward, FEEDFORWARD_OUTPUT, "ia3", "feedforward")
     return [name for name in outputs if name not in inputs], inputs
 
 

@@ -21,6 +21,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    owners,
     stored_config,
     stored_tensors,
 )
@@ -79,7 +80,7 @@ class PeftAdapted(Adapted):
         merged: PeftModel = copy.deepcopy(self.model)
         for layer in merged.modules():
             if isinstance(layer, BaseTunerLayer):
-                _own_weight(merged, layer.get_base_layer())
+                own_weight(merged, layer.get_base_layer())
         try:
             base: nn.Module = merged.merge_and_unload(safe_merge=True, adapter_names=[self.name])
         except ValueError as error:
@@ -99,6 +100,11 @@ class PeftMethod(Method[Config]):
         Raises:
             InvalidInput: the model has nothing that the method can adapt.
         """
+
+    def configure(self, model: nn.Module, config: Config, context: AttachContext) -> PeftConfig:
+        """`peft_config`, for the methods whose configuration also holds something of the context."""
+        del context
+        return self.peft_config(model, config)
 
     @abstractmethod
     def is_active(self, adapted: PeftAdapted) -> bool:
@@ -121,11 +127,16 @@ class PeftMethod(Method[Config]):
         del tensors
         return adapter_config
 
+    def completed(self, adapted: PeftAdapted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The stored `tensors` with what peft's own files lack beside Regraft's."""
+        del adapted
+        return tensors
+
     def attach(self, model: nn.Module, config: Config, context: AttachContext, name: str = "default") -> PeftAdapted:
         """Put a fresh adapter on `model`, drawn from `context.seed`; the global random state stays as it was."""
         base = bare(model)
         with _undone_on_error(model, name), seeded(context.seed, model):
-            adapted = self._put(model, self.peft_config(base, config), name)
+            adapted = self._put(model, self.configure(base, config, context), name)
             self.initialise(adapted, config, context)
             self._verify(adapted, self.count(base, config))
         return adapted
@@ -148,7 +159,7 @@ class PeftMethod(Method[Config]):
                 raise CorruptArtifact(
                     f"{directory} does not fit {base}: {error}", "Was it trained on this base?"
                 ) from error
-            adapted.restore(tensors)
+            adapted.restore(self.completed(adapted, tensors))
             if not self.is_active(adapted):
                 raise CorruptArtifact(f"{directory} does not make a '{self.name}' adapter on {type(model).__name__}.")
         return adapted
@@ -164,6 +175,12 @@ class PeftMethod(Method[Config]):
                 raise Conflict(f"The model carries an adapter called '{name}' already.", "Choose another name.")
         elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise InvalidInput("The model carries adapters already.", "Attach to the `model` of the first `Adapted`.")
+        elif owners(base):
+            others = ", ".join(sorted(set(owners(base).values())))
+            raise InvalidInput(
+                f"The model carries {others} adapters; '{self.name}' cannot join them.",
+                "Merge them, or load the base anew.",
+            )
         _check_name(base, name, PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type) or "")
         training = base.training
         if isinstance(model, PeftModel):
@@ -251,7 +268,7 @@ def _check_name(base: nn.Module, name: str, prefix: str) -> None:
         )
 
 
-def _own_weight(model: nn.Module, layer: Any) -> None:
+def own_weight(model: nn.Module, layer: Any) -> None:
     """Untie a layer's weight from whatever shares it, so that folding into one does not change the other."""
     weight = layer.weight
     sharers = [module for module in model.modules() if getattr(module, "_parameters", {}).get("weight") is weight]

@@ -1,4 +1,4 @@
-"""What prompt tuning and prefix tuning share: peft keeps their tensors beside the base, not in its layers."""
+"""What prompt tuning, prefix tuning and CPT share: peft keeps their tensors beside the base, not in its layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +98,7 @@ def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     if kwargs.get("position_ids") is not None:
         raise InvalidInput(
-            "prompt-tuning cannot take position ids: the prompt would stand before the first packed example only.",
+            "A prompt cannot take position ids: it would stand before the first packed example only.",
             "Set packing: false.",
         )
     keep = kwargs.get("logits_to_keep")

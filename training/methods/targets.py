@@ -1,10 +1,11 @@
 """Which linear layers of a model an adapter sits on."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
@@ -18,19 +19,39 @@ TARGETS_HELP = (
 EXCLUDE_HELP = "Names, or name endings, left out of the targets."
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
-    found: dict[str, nn.Module] = {}
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by name; an adapter's layer stands for the base layer that it wraps, with nothing inside."""
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if skipped and name.startswith(skipped):
             continue
         if isinstance(module, BaseTunerLayer | nn.MultiheadAttention):
             skipped += (f"{name}.",)  # attention of torch's own reads its weights without calling the layer
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D):
-            found[name] = layer
-    return found
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and `Conv1D` of `model` by name; under an adapter's layer, the base layer that it wraps."""
+    return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def convolution_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution of `model` by name, transposed ones left out; under an adapter's layer, the base layer."""
+    return {name: layer for name, layer in bare_modules(model) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a module is a normalisation with a weight of its own.
+
+    Told by the class name, which ends in "Norm" or "Norm1d" in torch and transformers alike.
+    """
+    named = re.search(r"Norm(\dd)?$", type(layer).__name__)
+    return named is not None and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every normalisation of `model` that has a weight, by name; under an adapter's layer, the base layer."""
+    return {name: layer for name, layer in bare_modules(model) if is_norm(layer)}
 
 
 def shape(layer: Any) -> tuple[int, int]:
@@ -47,7 +68,7 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
-        output = _output_embeddings(model)
+        output = output_embeddings(model)
         chosen = [name for name, layer in layers.items() if layer is not output]
     elif isinstance(targets, str):
         chosen = [name for name in layers if _pattern(targets).fullmatch(name)]
@@ -56,10 +77,37 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
         unmatched = [target for target in targets if not any(_ends_with_any(name, (target,)) for name in layers)]
         if unmatched:
             raise _no_match(model, layers, unmatched)
-    chosen = [name for name in chosen if not _ends_with_any(name, exclude)]
+    chosen = [name for name in chosen if not excluded(name, exclude)]
     if not chosen:
         raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
     return chosen
+
+
+def select_for_rank(
+    model: nn.Module, targets: Targets, exclude: tuple[str, ...], rank: int, directions: int = 1
+) -> list[str]:
+    """As `select`, of layers that all have room for `rank`.
+
+    Args:
+        model: the model.
+        targets: as for `select`.
+        exclude: as for `select`.
+        rank: wanted of every layer.
+        directions: how many of a layer's directions one of the rank takes.
+
+    Raises:
+        InvalidInput: nothing matches, or a layer that does is too small for the rank.
+    """
+    names, layers = select(model, targets, exclude), linear_modules(model)
+    for name in names:
+        size, needed = min(shape(layers[name])), rank * directions
+        if needed > size:
+            raise InvalidInput(
+                f"rank {rank} needs layers of {needed} rows and columns or more; {name} is "
+                f"{' × '.join(map(str, shape(layers[name])))}.",
+                f"Lower method.rank to {size // directions}, or leave the layer out: method.exclude.",
+            )
+    return names
 
 
 def shortest(model: nn.Module, names: list[str]) -> list[str]:
@@ -84,11 +132,17 @@ def _pattern(targets: str) -> re.Pattern[str]:
         raise InvalidInput(f"targets: '{targets}' is not a regular expression ({error}).") from None
 
 
+def excluded(name: str, exclude: tuple[str, ...]) -> bool:
+    """Whether `exclude` leaves the module `name` out."""
+    return _ends_with_any(name, exclude)
+
+
 def _ends_with_any(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of a vocabulary, where the model has one; under an adapter's, the base layer."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
     return output.get_base_layer() if isinstance(output, BaseTunerLayer) else output

@@ -1,8 +1,10 @@
 """One tiny model of each architecture, and a batch that it reads, on `TEST_DEVICE`. A new backbone is one line here."""
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +23,20 @@ class Backbone:
 
     make: Callable[[], nn.Module]
     feed: Callable[[], dict[str, Tensor]]
+    labels: Callable[[dict[str, Tensor]], Tensor]
 
     def build(self) -> nn.Module:
-        return self.make().to(DEVICE)
+        return copy.deepcopy(_prototype(self.make)).to(DEVICE)
 
     def batch(self) -> dict[str, Tensor]:
         return {name: tensor.to(DEVICE) for name, tensor in self.feed().items()}
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Batches with labels, such that the model computes its own loss."""
+        batch = self.batch()
+        labels = self.labels(batch).to(DEVICE)
+        batch.pop("decoder_input_ids", None)  # made of the labels
+        return [batch | {"labels": labels}, {name: t.flip(0) for name, t in (batch | {"labels": labels}).items()}]
 
 
 def _tokens() -> dict[str, Tensor]:
@@ -45,13 +55,32 @@ def _image() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
 
+def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+def _classes(batch: dict[str, Tensor]) -> Tensor:
+    del batch
+    return torch.arange(ROWS) % 3
+
+
+def _targets(batch: dict[str, Tensor]) -> Tensor:
+    return batch["decoder_input_ids"].contiguous()  # T5 views it
+
+
+@cache
+def _prototype(make: Callable[[], nn.Module]) -> nn.Module:
+    """Made once, for copies, which take a fraction of the time."""
+    return make()
+
+
 BACKBONES = {
-    "llama": Backbone(tiny_models.tiny_llama, _tokens),
-    "gpt2": Backbone(tiny_models.tiny_gpt2, _tokens),
-    "gemma3_text": Backbone(tiny_models.tiny_gemma3, _tokens),
-    "bert": Backbone(tiny_models.tiny_bert, _tokens),
-    "t5": Backbone(tiny_models.tiny_t5, _two_sequences),
-    "vit": Backbone(tiny_models.tiny_vit, _image),
+    "llama": Backbone(tiny_models.tiny_llama, _tokens, _next_tokens),
+    "gpt2": Backbone(tiny_models.tiny_gpt2, _tokens, _next_tokens),
+    "gemma3_text": Backbone(tiny_models.tiny_gemma3, _tokens, _next_tokens),
+    "bert": Backbone(tiny_models.tiny_bert, _tokens, _classes),
+    "t5": Backbone(tiny_models.tiny_t5, _two_sequences, _targets),
+    "vit": Backbone(tiny_models.tiny_vit, _image, _classes),
 }
 
 

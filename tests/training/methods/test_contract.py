@@ -3,10 +3,10 @@
 A new method is one line in CASES; test_every_method_of_the_catalogue_is_tried sees to it that none is forgotten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotMergeable
+from tests.tiny_models import tiny_tokenizer
 from tests.training.methods.backbones import BACKBONES, logits, loss, train
 from training.methods.catalog import CATALOG, get_method
 from training.methods.contract import TENSORS_FILE, Adapted, AttachContext
@@ -25,22 +26,91 @@ from training.methods.peft_method import PeftMethod
 
 @dataclass(frozen=True)
 class Case:
-    """A method with options small enough for tiny models."""
+    """A method with options small enough for tiny models.
+
+    Args:
+        draws: whether its start depends on the seed.
+        near: how far a fresh adapter's logits may be from the base's where the card promises that they are the same;
+            more than rounding for a start that is drawn very small instead of zero.
+        identity: what the card says, where these options change it.
+        backbones: which of the card's are tried, where these options do not go with all.
+    """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    draws: bool = True
+    near: float = 1e-5
+    identity: bool | Literal["nearly"] | None = None
+    backbones: tuple[str, ...] | None = None
 
+
+DEMONSTRATIONS = [{"input": "2+3", "output": "5"}, {"input": "4+4", "output": "8"}]
 
 CASES = [
     Case("lora", {"rank": 4, "alpha": 8}),
     Case("rslora", {"rank": 4, "alpha": 8}),
     Case("dora", {"rank": 4, "dropout": 0.0}),
-    Case("ia3"),
+    Case("pissa", {"rank": 2, "alpha": 4}, draws=False),
+    Case("s2ft", {"output": 0.25, "down": 0.1}),
+    Case("s2ft", {"output": 0, "down": 0, "value": 0.25, "up": 0.1}, label="rows"),
+    Case("s2ft", {"output": 0.25, "down": 0.1, "selection": "gradient"}, label="gradient", draws=False),
+    Case("paca", {"rank": 4, "alpha": 8}),
+    Case("ist", {"rank": 4, "alpha": 8, "dropout": 0.0}),
+    Case("corda", {"rank": 2, "alpha": 4}, draws=False),
+    Case("corda", {"rank": 2, "mode": "kpm"}, label="kpm", draws=False),
+    Case("eva", {"rank": 2, "alpha": 4}, draws=False),
+    Case("lora-ga", {"rank": 1, "alpha": 2}, draws=False),
+    Case("lora-xs", {"rank": 3, "alpha": 6}, near=1e-3),
+    Case("lora-xs", {"rank": 3, "store_factors": False}, label="small", near=1e-3),
+    Case("lora-sb", {"rank": 3, "learning_rate": 0.01}, draws=False),
+    Case("loldu", {"rank": 4}, draws=False),
+    Case("loldu", {"rank": 4, "train_scale": True, "store_factors": True}, label="stored", draws=False),
+    Case("hydra", {"parallel_rank": 2, "sequential_rank": 3}),
+    Case("llm-adapters", {"bottleneck": 8, "scale": "learned"}, label="series"),
+    Case("llm-adapters", {"placement": "parallel", "bottleneck": 8, "init": "mam"}, label="parallel", identity=True),
+    Case("small-models-lrl", {"reduction": 4}),
+    Case(
+        "small-models-lrl",
+        {"reduction": 4, "invertible": True},
+        label="invertible",
+        backbones=("llama", "gpt2", "gemma3_text", "bert"),
+    ),
+    Case("compacter", {"reduction": 4}),
+    Case("compacter", {"reduction": 4, "attention": False, "layer_norms": False}, label="feedforward"),
+    Case("vera", {"rank": 4}, draws=False),
+    Case("randlora", {"rank": 8, "alpha": 8}, draws=False),
+    Case("loha", {"rank": 2, "alpha": 4}),
+    Case("lokr", {"rank": 2, "alpha": 4}),
+    Case("hira", {"rank": 4}),
+    Case("delora", {"rank": 4, "boundary": 2.0}),
+    Case("gralora", {"rank": 4, "alpha": 8, "exclude": ["classifier"]}),
+    Case("miss", {"rank": 4}, draws=False),
+    Case("c3a", {"block_size": 8, "exclude": ["classifier"]}),
+    Case("vb-lora", {"rank": 2, "vectors": 12, "vector_length": 8, "bank_bound": 0.2, "exclude": ["classifier"]}),
+    Case("fourierft", {"frequencies": 20, "scaling": 20.0}),
+    Case("waveft", {"frequencies": 20, "scaling": 1.0}, draws=False),
+    Case("shira", {"rank": 1}, draws=False),
+    Case("oft", {"block_size": 8}, draws=False),
+    Case("boft", {"block_size": 4}, draws=False),
+    Case("hra", {"rank": 4}),
+    Case("road", {"group_size": 8, "exclude": ["classifier"]}, draws=False),
+    Case("adalora", {"rank": 2, "initial_rank": 4}),
+    Case("ln-tuning", draws=False),
+    Case("ssf"),
+    Case("ssf", {"init_std": 0.0}, label="identity", draws=False, identity=True),
+    Case("ia3", draws=False),
     Case("prompt-tuning", {"virtual_tokens": 3}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection_size": 8}),
     Case("prefix-tuning", {"virtual_tokens": 3, "projection": False}, label="plain"),
-    Case("full"),
+    Case("scaling-sft", {"density": 0.02}),
+    Case("composable-sft", {"density": 1.0}, draws=False),
+    Case("cpt", {"virtual_tokens": 24, "epsilon": 20.0, "demonstrations": DEMONSTRATIONS}, draws=False),
+    Case("full", draws=False),
+    Case("lisa", {"layers": 1}, draws=False),
+    Case("lisa", {"layers": 1, "embeddings_and_head": False}, label="blocks", draws=False),
+    Case("galore", {"rank": 4}, draws=False),
+    Case("natural-galore", {"rank": 4}, draws=False),
 ]
 
 
@@ -49,13 +119,18 @@ class Trial:
 
     def __init__(self, case: Case, backbone: str) -> None:
         self.method = get_method(case.method)
+        self.draws = case.draws
+        self.near = case.near
+        self.identity = self.method.card.identity_at_init if case.identity is None else case.identity
         self.config = self.method.config_type(**case.options)
         self.card = self.method.card
         self.build: Callable[[], nn.Module] = BACKBONES[backbone].build
         self.batch = BACKBONES[backbone].batch()
+        self.calibration = BACKBONES[backbone].calibration
 
     def attach(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:
-        return self.method.attach(model or self.build(), self.config, AttachContext(seed=seed), name)
+        context = AttachContext(seed=seed, processor=tiny_tokenizer(), calibration=self.calibration, total_steps=10)
+        return self.method.attach(model or self.build(), self.config, context, name)
 
     def trained(self, model: nn.Module | None = None, seed: int = 0, name: str = "default") -> Adapted:
         adapted = self.attach(model, seed, name)
@@ -66,11 +141,19 @@ class Trial:
         return logits(model, self.batch)
 
 
-TRIALS = [
-    pytest.param((case, backbone), id="-".join(filter(None, [case.method, case.label, backbone])))
-    for case in CASES
-    for backbone in get_method(case.method).card.backbones
-]
+def _trials() -> Iterator[Any]:
+    """Every case on every backbone of its card: on two by default, the second one in turn, on all in the slow run."""
+    for number, case in enumerate(CASES):
+        first, *others = case.backbones or get_method(case.method).card.backbones
+        second = others[number % len(others)] if others else first
+        for backbone in (first, *others):
+            name = "-".join(filter(None, [case.method, case.label, backbone]))
+            yield pytest.param(
+                (case, backbone), id=name, marks=[] if backbone in (first, second) else [pytest.mark.slow]
+            )
+
+
+TRIALS = list(_trials())
 
 
 @pytest.fixture(params=TRIALS)
@@ -91,7 +174,10 @@ def test_a_fresh_adapter_changes_nothing_exactly_where_that_is_promised(trial: T
     after = trial.logits(trial.attach().model)
     assert after.shape == before.shape
     difference = (after - before).abs().max()
-    assert difference < 1e-5 if trial.card.identity_at_init else difference > 1e-3
+    if trial.identity == "nearly":
+        assert difference < 0.05 * before.abs().max()
+    else:
+        assert difference < trial.near if trial.identity else difference > 1e-3
 
 
 def test_training_changes_the_outputs(trial: Trial) -> None:
@@ -109,7 +195,8 @@ def test_gradient_reaches_exactly_the_trainable_set(trial: Trial) -> None:
 
 def test_the_trainable_count_is_the_formulas(trial: Trial) -> None:
     expected = trial.method.count(trial.build(), trial.config)
-    assert sum(parameter.numel() for parameter in trial.attach().trainable().values()) == expected > 0
+    found = sum(parameter.numel() for parameter in trial.attach().trainable().values())
+    assert 0 < found <= expected if trial.card.count_is_bound else found == expected > 0
 
 
 def test_training_leaves_the_base_untouched(trial: Trial) -> None:
@@ -149,7 +236,7 @@ def test_a_loaded_adapter_trains_on_as_if_it_had_never_left(trial: Trial, tmp_pa
 
 
 def test_stock_peft_loads_the_same_directory(trial: Trial, tmp_path: Path) -> None:
-    if not isinstance(trial.method, PeftMethod):
+    if not isinstance(trial.method, PeftMethod) and trial.method.peft_type != "LORA":
         pytest.skip("not a method of peft")
     adapted = trial.trained()
     adapted.save(tmp_path)
@@ -180,7 +267,9 @@ def test_merged_computes_what_unmerged_does(trial: Trial) -> None:
     merged = adapted.merge()
     assert type(merged) is type(trial.build())
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
-    assert merged.state_dict().keys() == trial.build().state_dict().keys()
+    added = merged.state_dict().keys() - trial.build().state_dict().keys()
+    assert merged.state_dict().keys() >= trial.build().state_dict().keys()
+    assert not added or (trial.card.adds_biases and all(key.endswith(".bias") for key in added))
     assert_close(trial.logits(merged), before, atol=2e-5, rtol=1e-4)
     with torch.no_grad():  # the two share nothing
         for parameter in merged.parameters():
@@ -226,7 +315,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_callers_random_stat
     second, other = trial.attach(seed=7), trial.attach(seed=8)
     pairs = list(zip(first.tensors().values(), second.tensors().values(), strict=True))
     assert all(torch.equal(mine, yours) for mine, yours in pairs)
-    if trial.method.name not in ("ia3", "full"):  # these draw nothing
+    if trial.draws:
         assert any(
             not torch.equal(mine, yours)
             for mine, yours in zip(first.tensors().values(), other.tensors().values(), strict=True)
@@ -326,7 +415,8 @@ def test_gradient_checkpointing_gives_the_same_gradient_or_is_refused(trial: Tri
     loss(plain.model, trial.batch).backward()
     loss(checkpointed.model, trial.batch).backward()
     for name, parameter in plain.trainable().items():
-        assert_close(checkpointed.trainable()[name].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+        size = parameter.grad.abs().max().clamp_min(1).item()  # rounding is of the tensor's size, not of each entry's
+        assert_close(checkpointed.trainable()[name].grad, parameter.grad, atol=1e-5 * size, rtol=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True])
