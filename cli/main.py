@@ -118,6 +118,8 @@ def _told(error: Exception) -> int:
             remedy, code = "regraft status; then run the same command again: a training goes on from its checkpoint.", 8
         case OSError(filename=str(file)) if error.strerror:  # the machine's fault, not ours
             what, remedy, code = f"{file}: {error.strerror}.", _REMEDIES.get(error.errno or 0, "regraft doctor"), 1
+        case OSError() if error.strerror and error.errno in _REMEDIES:  # a write, which does not know its file's name
+            what, remedy, code = f"{error.strerror}.", _REMEDIES[error.errno], 1
         case _:
             what = f"Unexpected {type(error).__name__}: {error}"
             remedy, code = "This is a bug in Regraft. See all of it with: regraft --debug …", 70

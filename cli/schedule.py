@@ -148,7 +148,7 @@ def worker(
     from cli.session import connect_flows
 
     connect_flows()
-    from flows.schedules import POOL, ensure_pool
+    from flows.schedules import POOL, due, ensure_pool
     from infra.settings import configuration_file
 
     ensure_pool()
@@ -161,11 +161,20 @@ def worker(
     environment = outspoken_environment()
     if configuration := configuration_file():  # runs start in folders of their own
         environment["REGRAFT_CONFIG"] = str(configuration.resolve())
-    process = subprocess.Popen([*command, "--run-once"] if once else command, env=environment)
-    try:
-        raise typer.Exit(process.wait())
-    except KeyboardInterrupt:  # the worker got it too and ends its runs
-        raise typer.Exit(process.wait()) from None
+
+    def work(*options: str) -> int:
+        process = subprocess.Popen([*command, *options], env=environment)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the worker got it too and ends its runs
+            raise typer.Exit(process.wait()) from None
+
+    if not once:
+        raise typer.Exit(work())
+    waiting = due()
+    while not (code := work("--run-once")) and 0 < (left := due()) < waiting:  # it takes no more than `limit` at a time
+        waiting = left
+    raise typer.Exit(code)
 
 
 def _rows(schedules: Iterable["Schedule"]) -> list[tuple[str, ...]]:

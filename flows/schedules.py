@@ -19,8 +19,11 @@ from prefect.client.schemas.filters import (
     DeploymentFilterTags,
     FlowRunFilter,
     FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
@@ -139,6 +142,17 @@ def run_now(adapter: str) -> str:
     """Queue one run at once, beside the schedule. Returns the name of the flow run."""
     with _client() as client:
         return client.create_flow_run_from_deployment(_find(client, adapter).id).name
+
+
+def due() -> int:
+    """How many runs wait for a worker whose time has come."""
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+    come = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
+    with _client() as client:
+        return client.count_flow_runs(
+            flow_run_filter=FlowRunFilter(state=state, expected_start_time=come),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+        )
 
 
 def remove(adapter: str) -> None:

@@ -1,6 +1,8 @@
 """Errors that need no server: one message, what to do, a non-zero exit code, nothing done."""
 
+import errno
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -248,3 +250,15 @@ def test_a_revision_that_never_was_is_refused_before_anything_is_asked(home: Pat
     assert json.loads(run_here("db", "current", "--json").out)["database"]
     result = run_here("db", "downgrade", "zzz")
     assert (result.code, "There is no revision 'zzz'" in result.err) == (3, True)
+
+
+def test_a_full_disk_is_no_bug_of_regrafts_whoever_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cli.console.print_json", full)
+    monkeypatch.setattr("cli.methods.print_json", full)
+    result = run_here("methods", "list", "--json")
+    assert (result.code, one_message(result.err)) == (1, True)
+    assert "No space left on device." in result.err
+    assert "Free some space" in result.err
