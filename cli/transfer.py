@@ -11,14 +11,25 @@ from cli.console import Json, console, print_json
 def export(
     address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")],
     directory: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    as_lora: Annotated[
+        bool, typer.Option("--as-lora", help="As a plain LoRA, for tools that do not know the method; loads the base.")
+    ] = False,
 ) -> None:
     """Write a version as a PEFT folder, which peft, vLLM and others load as it is. Every byte is checked on the way.
 
-    Example: [bold]regraft export counting@production ./counting[/]
+    Examples:
+      [bold]regraft export counting@production ./counting[/]
+      [bold]regraft export counting@7 ./counting --as-lora[/]  (of low rank: paca, hydra, lora-xs, …)
     """
     from registry import AdapterRegistry
 
-    AdapterRegistry().export(address, directory)
+    if as_lora:
+        from serving.loading import load
+        from training.methods.plain_lora import write_plain_lora
+
+        write_plain_lora(load(address).adapted, directory)
+    else:
+        AdapterRegistry().export(address, directory)
     console.print(f"[bold]{address}[/] is in {directory}")
 
 

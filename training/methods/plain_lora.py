@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import InvalidInput
+from infra.errors import Conflict, InvalidInput
 from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted
 from training.methods.injected import PREFIX, InjectedAdapted, base_of, matrix
 from training.methods.targets import linear_modules, shortest
 
 
-def lora_config(model: nn.Module, ranks: Mapping[str, int], scale: float, dropout: float = 0.0) -> dict[str, Any]:
+def lora_config(
+    model: nn.Module, ranks: Mapping[str, int], scale: float, dropout: float = 0.0, rank: int | None = None
+) -> dict[str, Any]:
     """adapter_config.json of a plain LoRA, less what only `Adapted.adapter_config` knows.
 
     Args:
         model: carries the layers.
         ranks: of each adapted layer, by its name.
-        scale: α/r of every layer.
+        scale: α/r, which every layer keeps.
         dropout: of the input of A.
+        rank: of the layers that no pattern names; none given: the highest.
     """
     layers = linear_modules(model)
-    most = max(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != most}
+    rank = rank or max(ranks.values())
+    others = {name: own for name, own in ranks.items() if own != rank}
     config = peft.LoraConfig(
-        r=most,
-        lora_alpha=_whole(scale * most),
+        r=rank,
+        lora_alpha=_plain(scale * rank),
         lora_dropout=dropout,
         target_modules=shortest(model, list(ranks)),
         rank_pattern=others,
-        alpha_pattern={name: _whole(scale * rank) for name, rank in others.items()},
+        alpha_pattern={name: _plain(scale * own) for name, own in others.items()},
         fan_in_fan_out=all(isinstance(layers[name], Conv1D) for name in ranks),
         inference_mode=True,
     )
@@ -51,8 +55,13 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
     """Write an adapter, whatever its own format, as a plain LoRA of scale 1.
 
     Raises:
-        InvalidInput: its update is not of low rank, or changes more than weights.
+        InvalidInput: it is a plain LoRA already, its update is not of low rank, or it changes more than weights.
+        Conflict: the directory holds something.
     """
+    if directory.exists() and any(directory.iterdir()):
+        raise Conflict(f"{directory} is not empty.", "Name a new or empty folder.")
+    if adapted.adapter_config().get("peft_type") == "LORA":
+        raise InvalidInput(f"Adapter '{adapted.name}' is stored as a LoRA already.", "Export it as it is.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     slots = adapted.slots() if isinstance(adapted, InjectedAdapted) else {}
@@ -77,5 +86,6 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _whole(number: float) -> float:
-    return int(number) if number == int(number) else number
+def _plain(number: float) -> float:
+    """As an integer, which other tools expect of an α, where it is one."""
+    return round(number) if isclose(number, round(number), rel_tol=1e-12) else number

@@ -12,16 +12,15 @@ from collections.abc import Mapping
 from math import isclose
 from typing import Any
 
-import peft
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from infra.errors import CorruptArtifact
 from training.methods.contract import AttachContext, MethodConfig
-from training.methods.injected import InjectedAdapted, InjectedMethod, Slot, matrix
+from training.methods.injected import InjectedAdapted, InjectedMethod, Slot
+from training.methods.plain_lora import lora_config
 from training.methods.targets import (
     ALL_LINEAR,
     EXCLUDE_HELP,
@@ -31,7 +30,6 @@ from training.methods.targets import (
     select,
     select_for_rank,
     shape,
-    shortest,
 )
 
 Pair = tuple[Tensor, Tensor]  # A [r, n], B [m, r]
@@ -162,27 +160,10 @@ class StartedLora(InjectedMethod[Any]):
 
     def stored_options(self, adapted: InjectedAdapted) -> dict[str, Any]:
         """peft's configuration of the plain LoRA."""
-        layers = linear_modules(adapted.model)
-        slots = adapted.slots()
-        rank, scale = adapted.config.rank * (2 if self.offset else 1), adapted.config.scale
-        others = {name: r for name, slot in slots.items() if (r := len(slot.factors()[0])) != rank}
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=_plain(scale * rank),
-            lora_dropout=adapted.config.dropout,
-            target_modules=shortest(adapted.model, list(slots)),
-            rank_pattern=others,
-            alpha_pattern={name: _plain(scale * rank) for name, rank in others.items()},  # every layer keeps the scale
-            fan_in_fan_out=all(isinstance(layers[name], Conv1D) for name in slots),
-            inference_mode=True,
-        )
-        content = config.to_dict()
-        mine = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
-        return {
-            key: value
-            for key, value in mine.items()
-            if key not in ("peft_type", "base_model_name_or_path", "auto_mapping")
-        }
+        ranks = {name: len(slot.factors()[0]) for name, slot in adapted.slots().items()}
+        config = adapted.config
+        rank = config.rank * (2 if self.offset else 1)
+        return lora_config(adapted.model, ranks, config.scale, config.dropout, rank)
 
     def options_of(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         """Rank, α, dropout and places from peft's configuration; how it was started is over.
@@ -217,11 +198,3 @@ class StartedLora(InjectedMethod[Any]):
         """Σ r(m + n)."""
         layers = linear_modules(model)
         return sum(config.rank * sum(shape(layers[name])) for name in select(model, config.targets, config.exclude))
-
-
-def _plain(number: float) -> float:
-    """As an integer, which other tools expect of an α, where it is one."""
-    return round(number) if isclose(number, round(number), rel_tol=1e-12) else number
-
-
-__all__ = ["LoraSlot", "Pair", "StartedLora", "StartedLoraConfig", "matrix"]
