@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 TESTS  ?= tests
+CONTRACT := tests/training/methods/test_contract.py
+# Thousands of tests that share nothing are dealt out one by one; the other files' tests share servers.
+APART  := $(if $(filter tests,$(TESTS)),--ignore $(CONTRACT))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-gpu lint format types contracts migrations benchmarks-table clean
@@ -33,7 +36,8 @@ demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (
 	@$(BIN)/regraft demo
 
 test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores); on the CPU, also where there is a GPU
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) $(APART) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
+	$(if $(APART),@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(CONTRACT) -n 2 -m "not slow")
 
 test-slow: $(VENV)/.dev  ## The method contract on every backbone, and end to end on the real SmolLM2
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/training/methods -m slow -n 2
