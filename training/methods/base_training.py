@@ -24,6 +24,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    origin,
     owners,
     stored_config,
     stored_tensors,
@@ -71,11 +72,7 @@ class TrainedBase(Adapted):
         options = self.config.model_dump(mode="json")
         return {
             "peft_type": self.method.peft_type,
-            "base_model_name_or_path": getattr(self.model, "name_or_path", None) or None,
-            "auto_mapping": {
-                "base_model_class": type(self.model).__name__,
-                "parent_library": type(self.model).__module__,
-            },
+            **origin(self.model),
             **({"options": options, "seed": self.seed} if options else {}),
         }
 

@@ -273,6 +273,14 @@ class Method(ABC, Generic[Config]):
         """
 
 
+def origin(model: nn.Module) -> dict[str, Any]:
+    """What adapter_config.json says of the base `model`, as peft writes it for a model without a task type."""
+    return {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+    }
+
+
 def owners(model: nn.Module) -> dict[str, str]:
     """Adapter → method, of the adapters that sit on `model`; those of peft's own are told by its wrapper."""
     found: dict[str, str] = vars(model).setdefault("_regraft_adapters", {})

@@ -27,6 +27,7 @@ from training.methods.contract import (
     Config,
     Method,
     check_fit,
+    origin,
     owners,
     stored_config,
     stored_tensors,
@@ -156,11 +157,7 @@ class InjectedAdapted(Adapted):
         """The method's type and options, and which class of base it is for."""
         return {
             "peft_type": self.method.peft_type,
-            "base_model_name_or_path": getattr(self.model, "name_or_path", None) or None,
-            "auto_mapping": {
-                "base_model_class": type(self.model).__name__,
-                "parent_library": type(self.model).__module__,
-            },
+            **origin(self.model),
             **self.method.stored_options(self),
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import Conflict, InvalidInput
-from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted
+from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, origin
 from training.methods.injected import PREFIX, InjectedAdapted, base_of, matrix
 from training.methods.targets import linear_modules, shortest
 
@@ -81,8 +81,7 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     shown: dict[str, Tensor] = {f"{PREFIX}{k}": v.detach().float().cpu().contiguous() for k, v in tensors.items()}
     save_file(shown, directory / TENSORS_FILE, metadata={"format": "pt"})
-    kept = {key: adapted.adapter_config()[key] for key in ("base_model_name_or_path", "auto_mapping")}
-    content = {"peft_type": "LORA", **kept, **lora_config(adapted.model, ranks, scale=1.0)}
+    content = {"peft_type": "LORA", **origin(adapted.model), **lora_config(adapted.model, ranks, scale=1.0)}
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

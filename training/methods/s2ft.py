@@ -18,7 +18,6 @@ have pools of their own, and no pool is left empty by a ratio above zero.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Self
@@ -29,8 +28,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import CorruptArtifact, InvalidInput
+from training.methods.calibration import bare_and_evaluating
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig
-from training.methods.injected import InjectedMethod, Slot, adapter_layers, matrix
+from training.methods.injected import InjectedMethod, Slot, matrix
 from training.methods.slices import ColumnSlot, RowSlot, stored_slot
 from training.methods.sublayers import ATTENTION_OUTPUT, FEEDFORWARD_INPUT, FEEDFORWARD_OUTPUT
 from training.methods.targets import linear_modules, shape
@@ -277,7 +277,7 @@ def _activations(
 
     handles = [listen(structure) for structure in structures]
     try:
-        with _bare(model), torch.no_grad():
+        with bare_and_evaluating(model), torch.no_grad():
             for batch in _batches(model, config, context):
                 model(**batch)
     finally:
@@ -305,7 +305,7 @@ def _gradients(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        with _bare(model), torch.enable_grad():
+        with bare_and_evaluating(model), torch.enable_grad():
             for batch in _batches(model, config, context):
                 for total, layer, part in zip(
                     sums,
@@ -331,23 +331,6 @@ def _batches(model: nn.Module, config: S2ftConfig, context: AttachContext) -> It
             f"s2ft needs calibration data for selection: {config.selection}.",
             "Set method.selection: random or weight, which need none.",
         )
-
-
-@contextmanager
-def _bare(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is in evaluation mode and no adapter of it in force."""
-    held = {layer: layer.in_force for layer in adapter_layers(model).values()}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        for layer in held:
-            layer.in_force = None
-        yield
-    finally:
-        for layer, name in held.items():
-            layer.in_force = name
-        for module, mode in modes.items():
-            module.training = mode
 
 
 METHOD = S2ft()
