@@ -25,10 +25,9 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from infra.errors import CorruptArtifact, InvalidInput
-from training.methods.calibration import bare_and_evaluating
+from training.methods.calibration import bare_and_evaluating, gradients
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig
 from training.methods.injected import InjectedMethod, Slot, matrix
 from training.methods.slices import ColumnSlot, RowSlot, stored_slot
@@ -152,7 +151,9 @@ class S2ft(InjectedMethod[S2ftConfig]):
         if config.selection == "weight":
             scores = weights
         elif config.selection == "gradient":
-            scores = _gradients(model, layers, structures, config, context)
+            chosen = {structure.place: layers[structure.place] for structure in structures}
+            means = gradients(model, chosen, _batches(model, config, context), lambda rows: None)
+            scores = {s.place: _norms(s, means[s.place]) for s in structures}
         else:
             scores = _activations(model, layers, structures, config, context)
             if config.selection == "weight-activation":
@@ -289,35 +290,6 @@ def _activations(
 def _of_decoder(model: nn.Module, place: str) -> bool:
     """Whether a layer reads the second sequence of an encoder-decoder, which the attention mask does not tell of."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder" in place.split(".")
-
-
-def _gradients(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    structures: list[Structure],
-    config: S2ftConfig,
-    context: AttachContext,
-) -> dict[str, Tensor]:
-    """Norm of the gradient of the loss, summed over the batches, with respect to each unit's columns or rows."""
-    weights: list[Any] = [layers[structure.place].weight for structure in structures]
-    sums = [torch.zeros_like(matrix(layers[structure.place])) for structure in structures]
-    held = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        with bare_and_evaluating(model), torch.enable_grad():
-            for batch in _batches(model, config, context):
-                for total, layer, part in zip(
-                    sums,
-                    (layers[structure.place] for structure in structures),
-                    torch.autograd.grad(model(**batch).loss, weights),
-                    strict=True,
-                ):
-                    total += (part.T if isinstance(layer, Conv1D) else part).float()
-    finally:
-        for weight, trained in zip(weights, held, strict=True):
-            weight.requires_grad_(trained)
-    return {s.place: _norms(s, total).cpu() for s, total in zip(structures, sums, strict=True)}
 
 
 def _batches(model: nn.Module, config: S2ftConfig, context: AttachContext) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -64,7 +65,7 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
     """The names of the linear layers that `targets` means, in the model's order.
 
     Raises:
-        InvalidInput: nothing, or one of several names, matches; names the candidates.
+        InvalidInput: nothing, or one of several names, matches; names the candidates. Or all are excluded.
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
@@ -77,10 +78,12 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
         unmatched = [target for target in targets if not any(_ends_with_any(name, (target,)) for name in layers)]
         if unmatched:
             raise _no_match(model, layers, unmatched)
-    chosen = [name for name in chosen if not excluded(name, exclude)]
     if not chosen:
         raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
-    return chosen
+    left = [name for name in chosen if not excluded(name, exclude)]
+    if not left:
+        raise InvalidInput(f"exclude: {list(exclude)} leaves none of the targets.", "Exclude less, or target more.")
+    return left
 
 
 def select_for_rank(
@@ -150,7 +153,10 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 def _no_match(model: nn.Module, layers: dict[str, nn.Module], targets: str | list[str]) -> InvalidInput:
     candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    return InvalidInput(
-        f"targets: {targets!r} matches no module of {type(model).__name__}.",
-        f"Linear modules: {', '.join(candidates)}." if candidates else "The model has no linear module.",
-    )
+    hints = [f"Linear modules: {', '.join(candidates)}." if candidates else "The model has no linear module."]
+    names = [targets] if isinstance(targets, str) else targets
+    near = [match for name in names for match in get_close_matches(name.rpartition(".")[2], candidates, n=1)]
+    if near:
+        meant = ", ".join(dict.fromkeys(near))
+        hints.insert(0, f"Did you mean {f'the list [{meant}]' if isinstance(targets, str) else meant}?")
+    return InvalidInput(f"targets: {targets!r} matches no module of {type(model).__name__}.", " ".join(hints))

@@ -24,13 +24,19 @@ def test_a_target_that_matches_nothing_names_the_candidates() -> None:
         select(tiny_llama(), ("q_prj", "v_proj"))
     assert error.value.what == "targets: ['q_prj'] matches no module of LlamaForCausalLM."
     assert error.value.remedy == (
-        "Linear modules: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."
+        "Did you mean q_proj? Linear modules: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."
     )
+    with pytest.raises(InvalidInput) as error:
+        select(tiny_llama(), "q_proj")  # one string is an expression over whole names
+    assert error.value.remedy.startswith("Did you mean the list [q_proj]? Linear modules: ")
+    with pytest.raises(InvalidInput) as error:
+        select(tiny_llama(), ("nowhere",))
+    assert error.value.remedy.startswith("Linear modules: ")
     with pytest.raises(InvalidInput, match=r"'\.\*attn' matches no module"):
         select(tiny_llama(), ".*attn")
     with pytest.raises(InvalidInput, match="not a regular expression"):
         select(tiny_llama(), "(q")
-    with pytest.raises(InvalidInput, match="matches no module"):
+    with pytest.raises(InvalidInput, match=r"exclude: \['q_proj'\] leaves none of the targets"):
         select(tiny_llama(), ("q_proj",), exclude=("q_proj",))
 
 
