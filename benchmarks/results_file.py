@@ -4,12 +4,12 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "prefect", "mlflow", "sqlalchemy", "numpy")
@@ -48,13 +48,14 @@ class Row:
         return self.ratio >= self.goal if self.better == "higher" else self.ratio <= self.goal
 
 
-def write(script: str, rows: Sequence[Row], device: str = "cpu") -> Path:
+def write(script: str, rows: Sequence[Row], device: str = "cpu", details: Mapping[str, Any] | None = None) -> Path:
     """Write and print the rows of a benchmark.
 
     Args:
         script: its module's last name.
         rows: what it measured.
         device: "cpu", or the name of the GPU.
+        details: what else it measured, JSON-like.
     """
     content = {
         "script": script,
@@ -64,6 +65,7 @@ def write(script: str, rows: Sequence[Row], device: str = "cpu") -> Path:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows],
+        **({"details": details} if details else {}),
     }
     for row in rows:
         sign = "≥" if row.better == "higher" else "≤"

@@ -33,13 +33,13 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def insert(page: str, content: str) -> str:
+def insert(page: str, content: str, begin: str = BEGIN) -> str:
     """`page` with what stands between the marks replaced by `content`; the marks are added at the end if need be."""
-    before, begin, rest = page.partition(BEGIN)
+    before, found, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    if not begin:
+    if not found:
         before, after = page.rstrip() + "\n\n", "\n"
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    return f"{before}{begin}\n{content}\n{END}{after}"
 
 
 if __name__ == "__main__":

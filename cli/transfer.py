@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Json, console, print_json
+from infra.errors import InvalidInput
 
 
 def export(
@@ -14,20 +15,31 @@ def export(
     as_lora: Annotated[
         bool, typer.Option("--as-lora", help="As a plain LoRA, for tools that do not know the method; loads the base.")
     ] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Folded into its base: a plain model, for tools that know no adapters.")
+    ] = False,
 ) -> None:
     """Write a version as a PEFT folder, which peft, vLLM and others load as it is. Every byte is checked on the way.
 
     Examples:
       [bold]regraft export counting@production ./counting[/]
       [bold]regraft export counting@7 ./counting --as-lora[/]  (of low rank: paca, hydra, lora-xs, …)
+      [bold]regraft export counting@7 ./counting-model --merged[/]
     """
     from registry import AdapterRegistry
 
-    if as_lora:
+    if as_lora and merged:
+        raise InvalidInput("--as-lora and --merged are two different things to write.", "Give one of them.")
+    if as_lora or merged:
         from serving.loading import load
+        from training.merged_model import write_merged_model
         from training.methods.plain_lora import write_plain_lora
 
-        write_plain_lora(load(address).adapted, directory)
+        loaded = load(address)
+        if merged:
+            write_merged_model(loaded.adapted, loaded.tokenizer, directory)
+        else:
+            write_plain_lora(loaded.adapted, directory)
     else:
         AdapterRegistry().export(address, directory)
     console.print(f"[bold]{address}[/] is in {directory}")

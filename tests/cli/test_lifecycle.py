@@ -270,6 +270,21 @@ def test_what_is_exported_loads_in_peft_and_imports_again(trained: dict[str, Any
     assert AdapterRegistry().get("brought@1").artifact_sha256 == trained["artifact_sha256"]
 
 
+def test_a_merged_export_is_a_plain_model_that_says_the_same(trained: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from serving.loading import load
+
+    assert run_here("export", trained["address"], str(tmp_path / "merged"), "--merged").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("not True is", return_tensors="pt")["input_ids"]
+    loaded = load(trained["address"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, loaded.model(ids).logits)
+    both = run_here("export", trained["address"], str(tmp_path / "both"), "--merged", "--as-lora")
+    assert both.code == 2 and "two different things" in both.err
+
+
 def test_export_writes_into_no_folder_that_holds_something(trained: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     result = run_here("export", trained["address"], str(tmp_path))
