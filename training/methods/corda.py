@@ -91,12 +91,12 @@ class Corda(StartedLora):
         counts = dict.fromkeys(layers, 0)
 
         def hear(name: str, x: Tensor, kept: Tensor) -> None:
-            for sequence, counting in zip(x, kept, strict=True):
-                X = sequence[counting].float()
-                if len(X):
-                    X = X / largest(X)
-                    sums[name].addmm_(X.T, X)
-                    counts[name] += 1
+            sequences = [sequence[counting].float() for sequence, counting in zip(x, kept, strict=True)]
+            scaled = [X / largest(X) for X in sequences if len(X)]
+            if scaled:
+                rows = torch.cat(scaled)  # one product for all: C is large, and each pass over it takes time
+                sums[name].addmm_(rows.T, rows)
+                counts[name] += len(scaled)
 
         done = 0
         for batch in draw(context, model, self.name, config.samples):
