@@ -25,6 +25,7 @@ from training.evaluation.evaluate import EvaluationResult
 from training.evaluation.evaluate import evaluate as measure
 from training.evaluation.statistics import paired_test
 from training.evaluation.suite import Suite
+from training.objectives.of_model import is_masked_lm
 
 
 class SuiteResult(BaseModel):
@@ -66,7 +67,7 @@ def evaluate_adapter(address: str, suites: tuple[Suite, ...] = (), items_of: str
         items_of: address of another version, whose recipe then supplies suites and items, so that both can be compared.
     """
     adapter = load(address)
-    prepared = _prepared(AdapterRegistry().get(items_of) if items_of else adapter.version, suites)
+    prepared = _prepared(AdapterRegistry().get(items_of) if items_of else adapter.version, suites, adapter.model)
     results = [_measure_and_record(adapter, suite) for suite in prepared]
     _report(adapter.version.adapter, results)
     return results
@@ -84,7 +85,7 @@ def evaluate_base(base: str, suites: tuple[Suite, ...]) -> list[SuiteResult]:
     loaded = _bare(folder)
     results = []
     for suite in suites:
-        drawn = prepare(suite, None)
+        drawn = prepare(suite, None, is_masked_lm(loaded.model))
         found = _run(f"{record.name}: {drawn.title}", loaded.model, loaded.tokenizer, drawn)
         results.append(_result(record.name, drawn.title, found))
     _report(record.name, results)
@@ -95,7 +96,7 @@ def compare_versions(first: str, second: str, suites: tuple[Suite, ...] = ()) ->
     """A paired test of two versions on each suite. What is recorded already is not measured again."""
     a, b = load(first), load(second)
     comparisons = []
-    for drawn in _prepared(a.version, suites):
+    for drawn in _prepared(a.version, suites, a.model):
         found = paired_test(_outcomes(a, drawn), _outcomes(b, drawn))
         comparisons.append(
             Comparison(
@@ -122,6 +123,8 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
         record, folder = find_base(subject)
         base = _bare(folder)
         model, tokenizer, name, adapter = base.model, base.tokenizer, record.name, None
+    if is_masked_lm(model):
+        raise InvalidInput(f"{name} is a masked language model; the harness asks causal ones.", "See regraft evaluate.")
     results = []
     for suite, found in run_harness(model, tokenizer, tasks, limit=limit).items():
         results.append(_result(name, suite, found))
@@ -136,7 +139,7 @@ def _bare(folder: BaseFolder) -> LoadedBase:
     return load_base(folder.reference, cache=get_settings().base_models, dtype=base_dtype(device), device=device)
 
 
-def _prepared(version: VersionRecord, suites: tuple[Suite, ...]) -> list[Prepared]:
+def _prepared(version: VersionRecord, suites: tuple[Suite, ...], model: Any) -> list[Prepared]:
     recipe = recipe_of(version)
     chosen = suites or (default_suites(recipe) if recipe else ())
     if not chosen:
@@ -144,7 +147,7 @@ def _prepared(version: VersionRecord, suites: tuple[Suite, ...]) -> list[Prepare
             f"{version.address} was imported without a recipe, so it has no suites of its own.",
             f"Say on which task to measure it: regraft evaluate {version.address} --task NAME",
         )
-    return [prepare(suite, recipe) for suite in chosen]
+    return [prepare(suite, recipe, is_masked_lm(model)) for suite in chosen]
 
 
 @task(task_run_name="{suite.title}", cache_policy=NO_CACHE)

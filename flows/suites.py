@@ -62,8 +62,13 @@ def suite_named(name: str, recipe: Recipe | None) -> Suite:
     )
 
 
-def prepare(suite: Suite, recipe: Recipe | None) -> Prepared:
+def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepared:
     """Draw a suite's examples.
+
+    Args:
+        suite: what is measured.
+        recipe: of the version that is measured; its data are meant where the suite names no task.
+        masked: a masked language model is measured: by perplexity, where nothing is said.
 
     Raises:
         InvalidInput: the suite names no task and there is no recipe whose data it could mean, or the data have no
@@ -73,7 +78,7 @@ def prepare(suite: Suite, recipe: Recipe | None) -> Prepared:
         task = get_task(suite.task)
         examples = tuple(task.generate(suite.split, suite.samples, suite.seed))
         shots = tuple(task.generate("train", suite.shots, suite.seed)) if suite.shots else ()
-        metric, instruction = suite.metric or task.metric, task.instruction
+        metric, instruction = suite.metric or ("perplexity" if masked else task.metric), task.instruction
     elif recipe is None:
         raise InvalidInput(f"Suite '{title(suite, None)}' names no task, and there is no recipe.", "Give it a task.")
     else:
@@ -81,7 +86,7 @@ def prepare(suite: Suite, recipe: Recipe | None) -> Prepared:
         examples = tuple(sample(getattr(splits, suite.split), suite.samples, suite.seed))
         shots = tuple(sample(splits.train, suite.shots, suite.seed))
         own = get_task(recipe.data.task) if recipe.data.task else None
-        metric = suite.metric or (own.metric if own else "exact_match")
+        metric = suite.metric or ("perplexity" if masked else own.metric if own else "exact_match")
         instruction = recipe.data.instruction_text
         if not examples:
             raise InvalidInput(

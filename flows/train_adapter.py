@@ -19,6 +19,7 @@ from flows.progress import Stage
 from flows.reports import report_curve, report_recipe
 from flows.run_states import cancel_if_interrupted
 from flows.select_data import SelectedData, select_data
+from flows.suites import default_suites
 from infra.errors import InvalidInput, RegraftError, ServiceUnavailable
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -28,6 +29,7 @@ from training.adapter_files import write_adapter
 from training.base_models import load_base
 from training.checkpoints import discard, exclusive
 from training.device import base_dtype, best_device
+from training.evaluation.evaluate import check_metric
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
 from training.progress import TrainingEvent, TrainingOutcome
@@ -118,6 +120,8 @@ def _train_and_register(recipe: Recipe, data: SelectedData, fresh: bool) -> Vers
         ),
         device="cpu" if recipe.training.shard_base else best_device(),
     )
+    for suite in default_suites(recipe):
+        check_metric(base.model, suite.metric, suite.shots)  # now, not when it is trained
     workdir = settings.runs / f"{recipe.adapter}-{recipe.digest}"
     with exclusive(workdir):
         pass  # refuse here what is being trained elsewhere, before its MLflow run is touched

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infra.errors import InvalidInput
 from infra.settings import Settings, get_settings
 from registry import AdapterRegistry
 from registry.records import VersionRecord
@@ -20,6 +21,7 @@ from training.evaluation.evaluate import end_tokens
 from training.evaluation.generation import greedy_answers
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
+from training.objectives.of_model import is_masked_lm
 from training.recipe import Recipe
 
 
@@ -52,7 +54,16 @@ class LoadedAdapter:
         return PromptFormat(self.tokenizer, self.recipe.data.instruction_text if self.recipe else "")
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers, in the prompt format that the adapter was trained in."""
+        """Greedy answers, in the prompt format that the adapter was trained in.
+
+        Raises:
+            InvalidInput: the base is a masked language model.
+        """
+        if is_masked_lm(self.model):
+            raise InvalidInput(
+                f"{self.version.address} stands on a masked language model, which fills words in but writes no text.",
+                "Use it from Python: serving.loading.load, then .model.",
+            )
         form = self.prompt_format
         asked = [self.tokenizer(form.prompt(prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
         return greedy_answers(

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("regraft", deadline=None)  # a busy machine is no failure
+settings.load_profile("regraft")
 
 _HOME = tempfile.TemporaryDirectory(prefix="regraft-tests-")
 os.environ.update(

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -165,6 +166,16 @@ def save_tiny_llama(directory: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a tiny Llama and its tokenizer so that `path:DIRECTORY` is a base model; returns `directory`."""
     tiny_llama(seed=seed, layers=layers).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_tiny_masked(directory: Path, seed: int = 0) -> Path:
+    """Write a tiny BERT that fills masked tokens in, and its tokenizer, as a base model; returns `directory`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    config = BertConfig(**{**tiny_bert(len(tokenizer)).config.to_dict(), "tie_word_embeddings": True})
+    _seeded(seed, lambda: BertForMaskedLM(config)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

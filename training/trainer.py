@@ -21,7 +21,7 @@ from infra.errors import Interrupted, InvalidInput, RegraftError
 from infra.settings import get_settings
 from training.checkpoints import Checkpoint, Checkpoints, checkpoints_directory, exclusive
 from training.data.batching import Collate, Packing, Padding
-from training.data.encoding import Encoded, encode
+from training.data.encoding import Encoded, encode, encode_masked
 from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.engine import Engine
@@ -30,8 +30,8 @@ from training.interruption import awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext, Batch
 from training.methods.starts import StartCache
-from training.objectives.causal_lm import CausalLM
 from training.objectives.objective import Objective
+from training.objectives.of_model import is_masked_lm, objective_of
 from training.packing_check import check_packing
 from training.progress import OnEvent, OnPreparing, Progress, TrainingOutcome
 from training.recipe import Recipe, TrainingOptions
@@ -68,7 +68,8 @@ def train_recipe(
         on_preparing: hears how far a long initialisation of the adapter is.
 
     Raises:
-        InvalidInput: an example is too long or has nothing to learn, or the options do not go with the model.
+        InvalidInput: an example is too long or has nothing to learn, the options do not go with the model, or a
+            recipe cannot train such a model.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Conflict: another training is at work in `workdir`, or it holds checkpoints of another recipe.
         RegraftError: the loss is no number, the GPU's memory does not suffice, or the disk is full.
@@ -76,16 +77,10 @@ def train_recipe(
     options = recipe.training
     if base.tokenizer is None:
         raise InvalidInput(f"{base.reference} has no tokenizer, so it cannot be trained on text.")
-    prompts = PromptFormat(base.tokenizer, recipe.data.instruction_text)
+    objective = objective_of(base.model)
     encoded, held_out = (
-        encode(
-            map(prompts.training_text, examples),
-            base.tokenizer,
-            max_length=options.max_length,
-            loss_on=options.loss_on,
-            named=lambda number, part=examples: part[number - 1].place or f"Example {number}",  # type: ignore[misc]
-        )
-        for examples in (train_examples, validation_examples)
+        _encoded(recipe, base, examples, seed)
+        for seed, examples in enumerate((train_examples, validation_examples), start=recipe.seed)
     )
     if options.processes > 1 and not in_worker():
         from training.launch import launch
@@ -108,7 +103,7 @@ def train_recipe(
     adapted = get_method(recipe.method.name).attach(base.model, recipe.method_config(), context)
     outcome = train(
         adapted,
-        CausalLM(),
+        objective,
         encoded,
         held_out,
         options,
@@ -119,6 +114,37 @@ def train_recipe(
         identity=f"{recipe.digest} {base.identity.sha256}",
     )
     return adapted, outcome
+
+
+def _encoded(recipe: Recipe, base: "LoadedBase", examples: Sequence[Example], seed: int) -> list[Encoded]:
+    """Examples as the base reads them; of a masked language model the seed draws what is hidden."""
+    options, tokenizer = recipe.training, base.tokenizer
+
+    def named(number: int) -> str:
+        return examples[number - 1].place or f"Example {number}"
+
+    if is_masked_lm(base.model):
+        return encode_masked(
+            (example.text for example in examples),
+            tokenizer,
+            max_length=min(options.max_length, getattr(base.model.config, "max_position_embeddings", 2**30)),
+            generator=torch.Generator().manual_seed(seed),
+            named=named,
+        )
+    plain = next((number for number, example in enumerate(examples, start=1) if not example.completion), None)
+    if plain is not None:
+        raise InvalidInput(
+            f"{named(plain)} is plain text; {type(base.model).__name__} is trained on prompts and completions.",
+            "Name their columns (data.columns), or take a masked language model as the base.",
+        )
+    prompts = PromptFormat(tokenizer, recipe.data.instruction_text)
+    return encode(
+        map(prompts.training_text, examples),
+        tokenizer,
+        max_length=options.max_length,
+        loss_on=options.loss_on,
+        named=named,
+    )
 
 
 def train(

@@ -101,7 +101,13 @@ def encode_classification(
 
 
 def encode_masked(
-    texts: Iterable[str], tokenizer: Any, *, max_length: int, generator: torch.Generator, probability: float = 0.15
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    generator: torch.Generator,
+    probability: float = 0.15,
+    named: Callable[[int], str] = "Example {}".format,
 ) -> list[Encoded]:
     """Encode texts for masked-token prediction (BERT, arXiv 1810.04805, section 3.1).
 
@@ -109,16 +115,18 @@ def encode_masked(
     token, 10 % a random token, 10 % stay. The draw is made once, as in the paper; repeat the texts for more masks.
 
     Raises:
-        InvalidInput: a text is too long, or has no token that could be masked.
+        InvalidInput: a text is too long, or has no token that could be masked, or the tokenizer has no mask.
     """
+    if tokenizer.mask_token_id is None:
+        raise InvalidInput("The tokenizer has no mask token.", "Set mask_token in the base's tokenizer_config.json.")
     encoded = []
     special = set(tokenizer.all_special_ids)
     for number, text in enumerate(texts, start=1):
         ids = list(tokenizer(text)["input_ids"])
-        _check_length(f"Example {number}", len(ids), max_length)
+        _check_length(named(number), len(ids), max_length)
         places = [place for place, token in enumerate(ids) if token not in special]
         if not places:
-            raise InvalidInput(f"Example {number} has no token that could be masked.", "Remove it.")
+            raise InvalidInput(f"{named(number)} has no token that could be masked.", "Remove it.")
         order = torch.randperm(len(places), generator=generator)[: max(1, round(probability * len(places)))]
         labels = [IGNORE] * len(ids)
         for place in (places[index] for index in order.tolist()):

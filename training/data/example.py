@@ -11,8 +11,8 @@ class Example:
     """One supervised example.
 
     Args:
-        prompt: what the model is given.
-        completion: what it should answer, without leading space or end-of-text mark.
+        prompt: what the model is given; the whole of a plain text.
+        completion: what it should answer, without leading space or end-of-text mark; nothing of a plain text.
         choices: for multiple choice, the candidate completions, `completion` among them.
         place: where it was read (`data.jsonl line 17`), for messages; no part of what the example is.
     """
@@ -21,6 +21,11 @@ class Example:
     completion: str
     choices: tuple[str, ...] = ()
     place: str = field(default="", compare=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Prompt and completion as one text."""
+        return f"{self.prompt} {self.completion}".strip()
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

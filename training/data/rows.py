@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Columns(BaseModel):
-    """Where a row keeps what: in a prompt and a completion column, or as a conversation."""
+    """Where a row keeps what: in a prompt and a completion column, as a conversation, or as plain text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,11 +27,13 @@ class Columns(BaseModel):
     messages: str | None = Field(
         None, description="Chat turns ({role, content} objects). The last assistant turn is the completion."
     )
+    text: str | None = Field(None, description="Plain text, for masked language models.")
 
     @model_validator(mode="after")
     def _one_layout(self) -> "Columns":
-        if self.messages and (self.prompt, self.completion, self.choices) != ("prompt", "completion", None):
-            raise ValueError("give messages, or prompt, completion and choices, not both")
+        apart = (self.prompt, self.completion, self.choices) != ("prompt", "completion", None)
+        if sum(map(bool, (self.messages, self.text, apart))) > 1:
+            raise ValueError("give messages, or text, or prompt, completion and choices")
         return self
 
 
@@ -45,8 +47,14 @@ def to_examples(rows: Iterable[Row], columns: Columns, on_empty: Literal["error"
     examples: list[Example] = []
     skipped: list[str] = []
     for place, row in rows:
-        example = _from_messages(place, row, columns.messages) if columns.messages else _example(place, row, columns)
-        empty = "prompt" if not example.prompt.strip() else "completion" if not example.completion else None
+        if columns.text:
+            example = Example(_text(place, columns.text, _value(place, row, "text", columns.text)), "", place=place)
+            empty = None if example.prompt.strip() else columns.text
+        else:
+            example = (
+                _from_messages(place, row, columns.messages) if columns.messages else _example(place, row, columns)
+            )
+            empty = "prompt" if not example.prompt.strip() else "completion" if not example.completion else None
         if empty and on_empty == "error":
             raise InvalidInput(f"{place}: {empty} is empty.", "Fill it in, or set data.on_empty to skip.")
         if empty:

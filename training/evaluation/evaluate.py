@@ -12,9 +12,11 @@ from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
 from training.evaluation.generation import greedy_answers
 from training.evaluation.likelihood import log_likelihoods
+from training.evaluation.masked import masked_losses
 from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare
 from training.evaluation.statistics import bootstrap_perplexity, perplexity
 from training.evaluation.suite import Metric
+from training.objectives.of_model import is_masked_lm, objective_of
 
 __all__ = ["EvaluationResult", "PairedComparison", "compare", "evaluate"]
 
@@ -33,12 +35,13 @@ def evaluate(
     batch_tokens: int = 4096,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Measure one metric of a causal language model, bare or adapted.
+    """Measure one metric of a language model, bare or adapted. Of a masked one there is only perplexity.
 
     - `exact_match`: the greedy answer is the completion, character by character, but for white space around it.
     - `multiple_choice`: the choice with the highest log-likelihood is the completion; summed over its tokens, not
       normalised by length, without an end mark (`acc` of lm-eval). Of equal choices the first one counts.
-    - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included.
+    - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included; of a masked
+      language model, of the tokens that are hidden, 15 % of each text.
 
     Args:
         model: its mode (training or evaluation) is restored afterwards.
@@ -52,10 +55,17 @@ def evaluate(
         on_progress: told (done, wanted): examples, or choices for multiple_choice.
 
     Raises:
-        InvalidInput: no examples, choices that lack the completion, or prompts too long for the model.
+        InvalidInput: no examples, choices that lack the completion, prompts too long for the model, or what a masked
+            language model cannot be asked.
     """
     if not examples:
         raise InvalidInput("There are no examples to evaluate on.", "Give a data set with at least one example.")
+    check_metric(model, metric, len(shots))
+    if is_masked_lm(model):
+        started, texts = time.monotonic(), [example.text for example in examples]
+        losses, counts = masked_losses(model, tokenizer, texts, batch_tokens=batch_tokens, on_progress=on_progress)
+        result = _perplexity(losses, counts, fingerprint(examples))
+        return result.model_copy(update={"seconds": time.monotonic() - started})
     asked = _Asked(tokenizer, prompt_format, tuple(examples), tuple(shots))
     started = time.monotonic()
     if metric == "perplexity":
@@ -87,6 +97,17 @@ def evaluate(
         seconds=time.monotonic() - started,
         dataset_fingerprint=fingerprint(examples),
     )
+
+
+def check_metric(model: nn.Module, metric: Metric | None, shots: int) -> None:
+    """Raise `InvalidInput` if a model cannot be measured like that, or at all."""
+    objective_of(model)
+    if is_masked_lm(model) and (metric not in (None, "perplexity") or shots):
+        wanted = metric if metric not in (None, "perplexity") else f"{shots} solved examples in front"
+        raise InvalidInput(
+            f"A masked language model is judged by the perplexity of what is hidden; the suite asks for {wanted}.",
+            "Write evaluation: [{metric: perplexity}] into the recipe.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

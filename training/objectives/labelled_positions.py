@@ -7,7 +7,7 @@ architecture does around its head (scaling, soft-capping) stays as it is, and lo
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,8 +48,24 @@ def head_sees_only(model: nn.Module, rows: Tensor, columns: Tensor, length: int)
             handle.remove()
 
 
-def labelled_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Loss:
-    """Cross-entropy summed over the labelled positions of a batch.
+class Labelled(NamedTuple):
+    """What a model makes of the labelled positions of a batch.
+
+    Args:
+        logits: [N, V].
+        rows: [N], where in the batch.
+        columns: [N], where among the labels.
+        outputs: what the model returned.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    columns: Tensor
+    outputs: Any
+
+
+def labelled_logits(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Labelled:
+    """The logits from which labels are predicted.
 
     Args:
         model: called with `inputs`; its output has `.logits`.
@@ -72,8 +88,14 @@ def labelled_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, s
     logits = outputs.logits
     if tuple(logits.shape[:2]) != (1, len(rows)):  # the architecture has no separate head: select from all logits
         logits = logits[rows, columns + (logits.shape[1] - length)]
-    total = cross_entropy(logits.reshape(len(rows), -1), labels[rows, columns + shift]).sum()
-    return Loss(total, len(rows), outputs)
+    return Labelled(logits.reshape(len(rows), -1), rows, columns + shift, outputs)
+
+
+def labelled_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Loss:
+    """Cross-entropy summed over the labelled positions of a batch; arguments and errors as of `labelled_logits`."""
+    found = labelled_logits(model, inputs, labels, shift)
+    total = cross_entropy(found.logits, labels[found.rows, found.columns]).sum()
+    return Loss(total, len(found.rows), found.outputs)
 
 
 def labelled_count(labels: Tensor, shift: int) -> Tensor:

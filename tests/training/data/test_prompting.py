@@ -107,7 +107,7 @@ TOKENIZERS = {"chat": tiny_tokenizer(CHAT_ML), "plain": tiny_tokenizer(), "start
 WORDS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(bool)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(sorted(TOKENIZERS)), question=WORDS, answer=WORDS)
 def test_apart_and_together_prompt_and_completion_are_the_same_tokens(kind, question, answer):
     tokenizer = TOKENIZERS[kind]

@@ -269,7 +269,7 @@ def test_a_file_that_only_claims_to_be_parquet_is_refused(tmp_path):
         ({"file": "x.jsonl", "test": "y.jsonl", "fractions": {"test": 0.1}}, "give test or fractions.test"),
         ({"file": "x.jsonl", "fractions": {"test": 0.5, "validation": 0.5}}, "nothing to train on"),
         ({"file": "x.jsonl", "colums": {}}, "Extra inputs are not permitted"),
-        ({"file": "x.jsonl", "columns": {"messages": "m", "prompt": "q"}}, "give messages, or prompt"),
+        ({"file": "x.jsonl", "columns": {"messages": "m", "prompt": "q"}}, "give messages, or text, or prompt"),
         ({"file": "x.jsonl", "sizes": {"train": 0}}, "greater than or equal to 1"),
     ],
 )

@@ -171,7 +171,7 @@ def test_other_wrong_options_or_another_order_make_the_same_question(order, extr
     assert canonical_content(Example("Which?\nOptions:\n(A) red\n(B) green\n(C) blue", "(B)")) != original
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(name=st.sampled_from(CATALOG), seeds=st.tuples(st.integers(0, 2**32), st.integers(0, 2**32)))
 def test_any_two_seeds_keep_train_and_test_apart(name, seeds):
     task = get_task(name)
