@@ -287,13 +287,14 @@ class _Milestones(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """See `TrainerCallback`."""
         del others
-        last = state.global_step >= state.max_steps
-        if self._asked_to_stop(args):
+        last, stopping = state.global_step >= state.max_steps, self._asked_to_stop(args)
+        # Nothing below may look at `requested`: a signal that comes after all have agreed is for the next step.
+        if stopping:
             self.interruption.requested = True
             control.should_training_stop = True
         if last and self.validates:
             control.should_evaluate = True
-        if last or self.interruption.requested:
+        if last or stopping:
             control.should_save = True
 
     def _asked_to_stop(self, args: Any) -> bool:

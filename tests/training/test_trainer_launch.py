@@ -2,9 +2,11 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl
 
 from infra.errors import Interrupted, InvalidInput
 from infra.settings import get_settings
@@ -13,6 +15,8 @@ from tests.training.tiny_training import copied, same_bits
 from training.base_models import LoadedBase, load_base
 from training.checkpoints import checkpoints_directory
 from training.data.example import Example
+from training.engine import _Milestones
+from training.interruption import Interruption
 from training.progress import TrainingEvent
 from training.recipe import MethodChoice, Recipe, recipe_from
 from training.trainer import train_recipe
@@ -169,3 +173,22 @@ def test_an_error_in_a_worker_is_the_parents_error(tmp_path, base) -> None:
     with pytest.raises(Exception, match=r"of step \d is (nan|inf)") as error:
         train_recipe(chosen, base, TRAIN, [], workdir=tmp_path / "run", on_event=lambda event: None)
     assert "training.learning_rate" in error.value.remedy
+
+
+def test_a_signal_that_comes_after_all_have_agreed_is_for_the_next_step(monkeypatch) -> None:
+    """Else one process would save, and wait for another that reads the next batch."""
+    interruption = Interruption()
+    milestones = _Milestones(interruption, validates=False)
+    arguments = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    state = SimpleNamespace(global_step=1, max_steps=9)
+
+    def agree(asked: torch.Tensor, op: object) -> None:
+        del asked, op  # nobody was asked yet; then this process is
+        interruption.requested = True
+
+    monkeypatch.setattr("training.engine.dist.all_reduce", agree)
+    control = TrainerControl()
+    milestones.on_step_end(arguments, state, control)
+    assert not control.should_save and not control.should_training_stop
+    milestones.on_step_end(arguments, state, control)
+    assert control.should_save and control.should_training_stop
