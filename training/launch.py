@@ -210,6 +210,7 @@ def _work(directory: Path) -> None:
     if rank == 0:
         adapted.save(directory / _ADAPTER)
         (directory / _OUTCOME).write_text(json.dumps(outcome.as_stored()), encoding="utf-8")
+    torch.distributed.barrier()  # nobody leaves while another still reads from it
     torch.distributed.destroy_process_group()
 
 
@@ -233,6 +234,8 @@ def main(directory: Path) -> None:
         told = {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy}
         (directory / f"error-{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
         raise SystemExit(error.exit_code) from error
+    # Whatever of gloo is taken down with the interpreter has been seen to wait for ever for a process that is gone.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -428,7 +428,6 @@ class ScalingSft(InjectedMethod[ScalingSftConfig]):
         backbones=("llama", "gpt2", "gemma3_text", "bert", "t5", "vit"),
         modality=("language", "vision"),
         sharding=False,  # a layer's dense gradient is read whole
-        processes=False,  # two that select together have been seen to wait for each other for ever
     )
 
     def attach(self, model: nn.Module, config: ScalingSftConfig, context: AttachContext, name: str = "default") -> Any:

@@ -1,13 +1,16 @@
 """SpIEL: the sparse layer against a dense one, optimisers against dense ones, drop and growth against brute force."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -392,6 +395,29 @@ def test_a_crashed_training_resumes_to_the_same_bits(tmp_path: Path, growth: str
     started = fresh_llama(growth).tensors()
     moved = [not torch.equal(t, started[name]) for name, t in whole.tensors().items() if name.endswith("indices")]
     assert all(moved)
+
+
+def test_two_processes_grow_the_same_entries_from_different_data(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "meeting"),), nprocs=2)
+
+
+def _one_of_two(rank: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    adapted = attach(Layer(), total=17, entries=20, reselect_every=5, accumulate=3)
+    parallel, optimizer, slot = DistributedDataParallel(adapted.model), adapted.optimizer(0.05, 0.0), only(adapted)
+    started = slot.delta.indices.clone()
+    for step in range(10):
+        parallel(inputs(step * 2 + rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for tensor in (slot.delta.indices, slot.delta.values.data, *optimizer.state[slot.delta.values].values()):
+            other = tensor.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(other, tensor)
+    assert not torch.equal(slot.delta.indices, started)
+    dist.barrier()
+    os._exit(0)  # see training/launch.py
 
 
 def test_a_loaded_adapter_keeps_its_places(tmp_path: Path) -> None:
