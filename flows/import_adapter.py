@@ -10,7 +10,7 @@ from registry.adapter_directory import inspect_adapter
 from registry.addresses import adapter_name
 from registry.records import VersionRecord
 from registry.registration import require_same_base
-from training.adapter_files import attach_stored
+from training.adapter_files import attach_stored, read_adapter
 from training.base_models import load_base
 
 
@@ -42,4 +42,5 @@ def import_adapter(directory: Path, name: str, base: str, task: str | None = Non
             f"{directory} was made for {named} and does not fit {record.name}: {error.what}",
             "Name the base model it was trained on: regraft base list",
         ) from None
-    return AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, task=task)
+    method = read_adapter(directory).method
+    return AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, method=method, task=task)

@@ -65,6 +65,8 @@ class ServiceUnavailable(RegraftError):
 class NotMergeable(RegraftError):
     """A method whose update cannot be folded into the base weights."""
 
+    exit_code = 2
+
 
 class Interrupted(RegraftError):
     """The user stopped a resumable piece of work; nothing was registered."""

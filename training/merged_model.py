@@ -1,11 +1,14 @@
 """A model with an adapter folded in, as a folder that transformers loads without knowing of adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from infra.errors import Conflict, NotMergeable
 from training.methods.contract import Adapted
@@ -24,13 +27,15 @@ def write_merged_model(adapted: Adapted, tokenizer: Any, directory: Path) -> Non
         NotMergeable: the update is no change of weights, or one that the architecture, loaded anew, has no place for.
         Conflict: the directory holds something.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise Conflict(f"{directory} is a file.", "Name a new or empty folder.")
+    if directory.exists() and any(directory.iterdir()):
         raise Conflict(f"{directory} is not empty.", "Name a new or empty folder.")
     merged: Any = adapted.merge()
     if merged.config.tie_word_embeddings and not _tied(merged):
         merged.config.tie_word_embeddings = False  # or it would be tied again when it is loaded
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
+    with _quiet(), TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
         written = Path(staging) / "model"
         merged.save_pretrained(written)
         if tokenizer is not None:
@@ -40,9 +45,23 @@ def write_merged_model(adapted: Adapted, tokenizer: Any, directory: Path) -> Non
             raise NotMergeable(
                 f"Adapter '{adapted.name}', merged, changes what {type(merged).__name__} does not store: "
                 f"{', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}.",
-                "Serve it unmerged.",
+                "Use it as it is: export it without --merged.",
             )
         written.replace(directory)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its report of what it did not find, which `_lost` reads better."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _tied(model: Any) -> bool:

@@ -270,6 +270,15 @@ def test_what_is_exported_loads_in_peft_and_imports_again(trained: dict[str, Any
     assert AdapterRegistry().get("brought@1").artifact_sha256 == trained["artifact_sha256"]
 
 
+def test_an_import_without_its_details_knows_its_method(base: Path, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe("sparse", base=f"path:{base}", method={"name": "s2ft", "output": 0.25, "down": 0.2})
+    address = json.loads(clean(run_here("train", str(recipe), "--json", "--no-evaluate")))["address"]
+    clean(run_here("export", address, str(tmp_path / "sparse")))
+    (tmp_path / "sparse" / "regraft.json").unlink()
+    told = clean(run_here("import", str(tmp_path / "sparse"), "sparse-again", "--base", "walked-base"))
+    assert "s2ft on walked-base" in told
+
+
 def test_a_merged_export_is_a_plain_model_that_says_the_same(trained: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -35,6 +35,7 @@ from training.methods.targets import (
     Targets,
     linear_modules,
     select,
+    select_with_room,
     shape,
     shortest,
 )
@@ -182,7 +183,7 @@ class AdaLora(PeftMethod[AdaLoraConfig]):
     def peft_config(self, model: nn.Module, config: AdaLoraConfig) -> PeftConfig:
         """`peft.AdaLoraConfig` on exactly the selected layers, for a training of one step."""
         layers = linear_modules(model)
-        names = select(model, config.targets, config.exclude)
+        names = select_with_room(model, config.targets, config.exclude, config.initial_rank)
         return peft.AdaLoraConfig(
             init_r=config.initial_rank,
             target_r=config.rank,

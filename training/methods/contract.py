@@ -36,9 +36,9 @@ class Starts(Protocol):
 
 
 class MethodConfig(BaseModel):
-    """Hyper-parameters of a method, with the paper's defaults. Unknown keys are errors."""
+    """Hyper-parameters of a method, with the paper's defaults. Unknown keys and infinite numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=MethodConfig)
@@ -183,8 +183,8 @@ class Adapted(ABC):
             NotMergeable: the method's update is no change of weights.
         """
         raise NotMergeable(
-            f"{type(self).__name__} '{self.name}' cannot be merged: its update is not a change of the base's weights.",
-            "Serve it unmerged.",
+            f"Adapter '{self.name}' cannot be merged: its update is not a change of the base's weights.",
+            "Use it as it is: export it without --merged.",
         )
 
     def save(self, directory: Path) -> None:

@@ -488,7 +488,10 @@ VB_LORA = FromPeft(
     },
     size=lambda config, m, n: config.vectors * config.rank * (m + n) // config.vector_length,
     once=lambda config: config.vectors * config.vector_length,
-    refusal=lambda config, m, n: _divides("vector_length", config.vector_length, m, n),
+    refusal=lambda config, m, n: (
+        _divides("vector_length", config.vector_length, m, n)
+        or (f"top_k {config.top_k} is above vectors {config.vectors}" if config.top_k > config.vectors else None)
+    ),
     conv1d=True,
 )
 

@@ -75,7 +75,7 @@ class Slot(nn.Module, ABC):
         Raises:
             NotMergeable: the slot changes more than a weight.
         """
-        raise NotMergeable("This adapter's update is not a change of the base's weights.", "Serve it unmerged.")
+        raise NotMergeable("This adapter's update is not a change of the base's weights.", "Use it as it is.")
 
     def shift(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Δb [m] for the layer's weight and bias, both float32; None where the bias stays."""

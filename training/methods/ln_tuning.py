@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from infra.errors import InvalidInput
 from training.methods.contract import MethodCard, MethodConfig
 from training.methods.peft_method import PeftAdapted, PeftMethod, adapter_layers
-from training.methods.targets import EXCLUDE_HELP, excluded, norm_modules, shortest
+from training.methods.targets import EXCLUDE_HELP, check_exclude, excluded, norm_modules, shortest
 
 
 class LnTuningConfig(MethodConfig):
@@ -74,6 +74,7 @@ class LnTuning(PeftMethod[LnTuningConfig]):
         return sum(parameter.numel() for norm in norms for parameter in norm.parameters(recurse=False))
 
     def _norms(self, model: nn.Module, config: LnTuningConfig) -> dict[str, nn.Module]:
+        check_exclude(model, config.exclude)
         norms = {name: norm for name, norm in norm_modules(model).items() if not excluded(name, config.exclude)}
         if not norms:
             raise InvalidInput(f"{type(model).__name__} has no norm with weights for ln-tuning.", "Try: lora, ia3")

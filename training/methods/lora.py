@@ -27,6 +27,7 @@ from training.methods.targets import (
     Targets,
     linear_modules,
     select,
+    select_with_room,
     shape,
     shortest,
 )
@@ -62,7 +63,7 @@ class Lora(PeftMethod[LoraConfig]):
     def peft_config(self, model: nn.Module, config: LoraConfig) -> PeftConfig:
         """`peft.LoraConfig` on exactly the selected layers."""
         layers = linear_modules(model)
-        names = select(model, config.targets, config.exclude)
+        names = select_with_room(model, config.targets, config.exclude, config.rank)
         return peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,

@@ -136,7 +136,14 @@ class PeftMethod(Method[Config]):
         """Put a fresh adapter on `model`, drawn from `context.seed`; the global random state stays as it was."""
         base = bare(model)
         with _undone_on_error(model, name), seeded(context.seed, model):
-            adapted = self._put(model, self.configure(base, config, context), name)
+            peft_config = self.configure(base, config, context)
+            try:
+                adapted = self._put(model, peft_config, name)
+            except (ValueError, AttributeError) as error:  # peft knows nothing of such an architecture
+                raise InvalidInput(
+                    f"peft cannot put '{self.name}' on {type(base).__name__}: {error}",
+                    "Try another method, or targets.",
+                ) from error
             self.initialise(adapted, config, context)
             self._verify(adapted, self.count(base, config))
         return adapted

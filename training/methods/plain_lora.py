@@ -77,7 +77,10 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
         tensors |= {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
         ranks[place] = len(A)
     if not ranks or len(ranks) < len(slots):
-        raise InvalidInput(f"The update of adapter '{adapted.name}' is not of low rank.", "Export it as it is.")
+        raise InvalidInput(
+            f"Adapter '{adapted.name}' is of a method that Regraft cannot write as a plain LoRA.",
+            "Export it as it is, or --merged.",
+        )
     directory.mkdir(parents=True, exist_ok=True)
     shown: dict[str, Tensor] = {f"{PREFIX}{k}": v.detach().float().cpu().contiguous() for k, v in tensors.items()}
     save_file(shown, directory / TENSORS_FILE, metadata={"format": "pt"})

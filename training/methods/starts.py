@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor, contiguous_format
 
 
@@ -30,15 +30,30 @@ class StartCache:
         told = json.dumps([*self._of, what], sort_keys=True).encode()
         path = self._directory / f"{hashlib.sha256(told).hexdigest()}.safetensors"
         try:
-            kept: dict[str, Tensor] = load_file(path)
+            kept = _read(path)
         except (OSError, SafetensorError):
             made = make()  # several may be views of one tensor, which the format does not take: hence copies
             kept = {name: t.detach().cpu().clone(memory_format=contiguous_format) for name, t in made.items()}
             self._directory.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{secrets.token_hex(4)}")
             try:
-                save_file(kept, draft)
+                save_file(kept, draft, metadata={_SUM: _sum(kept)})
                 draft.replace(path)
             finally:
                 draft.unlink(missing_ok=True)
         return kept
+
+
+_SUM = "sha256"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if (file.metadata() or {}).get(_SUM) != _sum(kept):
+            raise SafetensorError(f"{path} is damaged")
+    return kept
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(sorted(tensors.items())))).hexdigest()

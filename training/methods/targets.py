@@ -65,7 +65,8 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
     """The names of the linear layers that `targets` means, in the model's order.
 
     Raises:
-        InvalidInput: nothing, or one of several names, matches; names the candidates. Or all are excluded.
+        InvalidInput: nothing, or one of several names, matches; names the candidates. Or all are excluded, or what is
+            not there.
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
@@ -80,6 +81,7 @@ def select(model: nn.Module, targets: Targets, exclude: tuple[str, ...] = ()) ->
             raise _no_match(model, layers, unmatched)
     if not chosen:
         raise _no_match(model, layers, targets if isinstance(targets, str) else list(targets))
+    check_exclude(model, exclude)
     left = [name for name in chosen if not excluded(name, exclude)]
     if not left:
         raise InvalidInput(f"exclude: {list(exclude)} leaves none of the targets.", "Exclude less, or target more.")
@@ -113,6 +115,22 @@ def select_for_rank(
     return names
 
 
+def select_with_room(model: nn.Module, targets: Targets, exclude: tuple[str, ...], rank: int) -> list[str]:
+    """As `select`, where at least one of the layers has room for `rank`; a small head among them does no harm.
+
+    Raises:
+        InvalidInput: nothing matches, or `rank` is more than any of the layers has.
+    """
+    names, layers = select(model, targets, exclude), linear_modules(model)
+    most = max(min(shape(layers[name])) for name in names)
+    if rank > most:
+        raise InvalidInput(
+            f"rank {rank} is above that of every layer: the largest has {most} rows or columns.",
+            f"Lower method.rank to {most} or, far better, well below.",
+        )
+    return names
+
+
 def shortest(model: nn.Module, names: list[str]) -> list[str]:
     """peft's `target_modules` for exactly `names`: a name's last part where that alone decides, else the whole name.
 
@@ -133,6 +151,18 @@ def _pattern(targets: str) -> re.Pattern[str]:
         return re.compile(targets)
     except re.error as error:
         raise InvalidInput(f"targets: '{targets}' is not a regular expression ({error}).") from None
+
+
+def check_exclude(model: nn.Module, exclude: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` where `exclude` names what the model does not have."""
+    names = [name for name, _ in bare_modules(model)]
+    for wanted in exclude:
+        if not any(_ends_with_any(name, (wanted,)) for name in names):
+            near = get_close_matches(wanted, dict.fromkeys(name.rpartition(".")[2] for name in names), n=1)
+            raise InvalidInput(
+                f"exclude: '{wanted}' is no module of {type(model).__name__}.",
+                f"Did you mean {near[0]}?" if near else "Name modules by the ends of their names, like q_proj.",
+            )
 
 
 def excluded(name: str, exclude: tuple[str, ...]) -> bool:

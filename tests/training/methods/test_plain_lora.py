@@ -42,9 +42,9 @@ def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("scaling-sft", {}, "is not of low rank"),
-        ("compacter", {}, "is not of low rank"),
-        ("full", {}, "is not of low rank"),
+        ("scaling-sft", {}, "cannot write as a plain LoRA"),
+        ("compacter", {}, "cannot write as a plain LoRA"),
+        ("full", {}, "cannot write as a plain LoRA"),
         ("pissa", {}, "is stored as a LoRA already"),
         ("lora", {}, "is stored as a LoRA already"),
         ("hydra", {"bias": True}, "also changes the bias"),

@@ -77,9 +77,25 @@ def test_a_truncated_file_is_made_anew(tmp_path: Path, left: int) -> None:
     assert make.calls == 2
 
 
+def test_a_file_in_which_a_bit_has_changed_is_made_anew(tmp_path: Path) -> None:
+    make = Counted()
+    cache = StartCache(tmp_path, "base", "data")
+    cache.get(WHAT, make)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert same(cache.get(WHAT, make), load_file(path)) and make.calls == 2
+    save_file(load_file(path), path)  # a file without its sum, as any other would be
+    cache.get(WHAT, make)
+    assert make.calls == 3
+    cache.get(WHAT, make)
+    assert make.calls == 3
+
+
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
-        save_file(tensors, path)
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
         raise OSError("no space left on device")
 
     monkeypatch.setattr("training.methods.starts.save_file", full)

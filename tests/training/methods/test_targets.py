@@ -5,6 +5,8 @@ from torch import nn
 
 from infra.errors import InvalidInput
 from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
+from training.methods.catalog import get_method
+from training.methods.contract import AttachContext
 from training.methods.targets import linear_modules, select, shape, shortest
 
 
@@ -38,6 +40,31 @@ def test_a_target_that_matches_nothing_names_the_candidates() -> None:
         select(tiny_llama(), "(q")
     with pytest.raises(InvalidInput, match=r"exclude: \['q_proj'\] leaves none of the targets"):
         select(tiny_llama(), ("q_proj",), exclude=("q_proj",))
+
+
+def test_an_exclusion_that_matches_nothing_suggests_near_names() -> None:
+    with pytest.raises(InvalidInput) as error:
+        select(tiny_llama(), "all-linear", exclude=("up_proj", "q_porj"))
+    assert error.value.what == "exclude: 'q_porj' is no module of LlamaForCausalLM."
+    assert error.value.remedy == "Did you mean q_proj?"
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {"rank": 33}), ("dora", {"rank": 33}),
+                                                 ("adalora", {"rank": 8, "initial_rank": 33})])  # fmt: skip
+def test_a_rank_above_every_layer_is_refused(method: str, options: dict[str, int]) -> None:
+    config = get_method(method).config_type(**options)
+    with pytest.raises(InvalidInput, match="rank 33 is above that of every layer: the largest has 32"):
+        get_method(method).attach(tiny_llama(), config, AttachContext(total_steps=100))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("lora-ga", "gamma"), ("cpt", "epsilon"), ("natural-galore", "damping"), ("ssf", "init_std"), ("eva", "rho")],
+)
+def test_options_are_finite(method: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        get_method(method).config_type(**{option: value})
 
 
 def test_shapes_are_outputs_by_inputs_in_either_storage() -> None:
