@@ -61,17 +61,17 @@ def evaluate(
     if not examples:
         raise InvalidInput("There are no examples to evaluate on.", "Give a data set with at least one example.")
     check_metric(model, metric, len(shots))
-    if is_masked_lm(model):
-        started, texts = time.monotonic(), [example.text for example in examples]
-        losses, counts = masked_losses(model, tokenizer, texts, batch_tokens=batch_tokens, on_progress=on_progress)
-        result = _perplexity(losses, counts, fingerprint(examples))
-        return result.model_copy(update={"seconds": time.monotonic() - started})
     asked = _Asked(tokenizer, prompt_format, tuple(examples), tuple(shots))
     started = time.monotonic()
     if metric == "perplexity":
-        scored = asked.completions()
-        scores = log_likelihoods(model, scored, batch_tokens=batch_tokens, on_progress=on_progress)
-        result = _perplexity([-score for score in scores], [len(ids) for _, ids in scored], fingerprint(examples))
+        if is_masked_lm(model):
+            texts = [example.text for example in examples]
+            losses, counts = masked_losses(model, tokenizer, texts, batch_tokens=batch_tokens, on_progress=on_progress)
+        else:
+            scored = asked.completions()
+            scores = log_likelihoods(model, scored, batch_tokens=batch_tokens, on_progress=on_progress)
+            losses, counts = [-score for score in scores], [len(ids) for _, ids in scored]
+        result = _perplexity(losses, counts, fingerprint(examples))
         return result.model_copy(update={"seconds": time.monotonic() - started})
     if metric == "multiple_choice":
         scores = log_likelihoods(model, asked.choices(), batch_tokens=batch_tokens, on_progress=on_progress)

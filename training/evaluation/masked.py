@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kernels.cross_entropy import cross_entropy
+from kernels.cross_entropy import IGNORE, cross_entropy
 from training.data.batching import Padding
 from training.data.encoding import encode_masked
 from training.evaluation.prompt_cache import in_batches, judging
@@ -49,4 +49,4 @@ def masked_losses(
             done += len(places)
             if on_progress:
                 on_progress(done, len(encoded))
-    return losses, [sum(label != -100 for label in example.labels) for example in encoded]
+    return losses, [sum(label != IGNORE for label in example.labels) for example in encoded]

@@ -1,10 +1,9 @@
 """Which objective a language model is trained by: the one that its head was made for."""
 
-from typing import Any
-
 from torch import nn
 
 from infra.errors import InvalidInput
+from training.evaluation.prompt_cache import plain_model
 from training.objectives.causal_lm import CausalLM
 from training.objectives.masked_lm import MaskedLM
 from training.objectives.objective import Objective
@@ -12,7 +11,7 @@ from training.objectives.objective import Objective
 
 def is_masked_lm(model: nn.Module) -> bool:
     """Whether a model, bare or adapted, fills masked tokens in (BERT and its relatives) instead of writing on."""
-    return type(_bare(model)).__name__.endswith("ForMaskedLM")
+    return type(plain_model(model)).__name__.endswith("ForMaskedLM")
 
 
 def objective_of(model: nn.Module) -> Objective:
@@ -23,7 +22,7 @@ def objective_of(model: nn.Module) -> Objective:
     """
     if is_masked_lm(model):
         return MaskedLM()
-    bare = _bare(model)
+    bare = plain_model(model)
     config, writes = getattr(bare, "config", None), getattr(bare, "can_generate", lambda: True)
     if getattr(config, "is_encoder_decoder", False) or not writes():
         raise InvalidInput(
@@ -31,8 +30,3 @@ def objective_of(model: nn.Module) -> Objective:
             "Train it from Python: training.trainer.train, with an objective of training.objectives.",
         )
     return CausalLM()
-
-
-def _bare(model: nn.Module) -> Any:
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap else model
