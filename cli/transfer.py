@@ -23,7 +23,7 @@ def export(
 
     Examples:
       [bold]regraft export counting@production ./counting[/]
-      [bold]regraft export counting@7 ./counting --as-lora[/]  (of low rank: paca, hydra, lora-xs, …)
+      [bold]regraft export counting@7 ./counting --as-lora[/]  (whatever is of low rank: paca, vera, hydra, …)
       [bold]regraft export counting@7 ./counting-model --merged[/]
     """
     from registry import AdapterRegistry

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from shutil import rmtree
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotFound, ServiceUnavailable
+from infra.folders import require_free
 from registry.artifacts import (
     ABANDONED_AFTER,
     ArtifactStore,
@@ -118,7 +119,7 @@ class ContentAddressedStore(ABC):
         """Write the artifact to `destination`, checked, whole or not at all; see `ArtifactStore.fetch`."""
         manifest = self.manifest(sha256)
         destination = Path(destination).absolute()
-        _refuse_occupied(destination)
+        require_free(destination)
         unfinished = destination.parent / f".{destination.name}.{uuid.uuid4().hex}.partial"
         with explained_disk_errors(destination.parent, manifest.size_bytes):
             make_directory(destination.parent)
@@ -129,7 +130,7 @@ class ContentAddressedStore(ABC):
                     write_new_file(target, self._checked(file, sha256))
                 for folder in {unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())}:
                     sync_directory(folder)
-                _refuse_occupied(destination)
+                require_free(destination)
                 unfinished.rename(destination)
                 sync_directory(destination.parent)
             finally:
@@ -356,10 +357,3 @@ def _unchanged(chunks: Iterator[bytes], file: StoredFile, origin: str) -> Iterat
             "Let whatever writes it finish, then run the command again.",
         )
     yield held
-
-
-def _refuse_occupied(destination: Path) -> None:
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise Conflict(f"{destination} exists and is not a directory.", "Name another destination.")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise Conflict(f"{destination} exists and is not empty.", "Name another destination, or empty this one.")

@@ -182,4 +182,9 @@ def save_tiny_masked(directory: Path, seed: int = 0) -> Path:
 def _seeded(seed: int, build: Callable[[], Model]) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build().eval()
+        model = build().eval()
+        with torch.no_grad():  # transformers starts biases at zero and norms at one, which a wrong merge leaves right
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(SPREAD * torch.randn_like(parameter))
+        return model

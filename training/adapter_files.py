@@ -18,7 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from infra.errors import BaseModelMismatch, Conflict, CorruptArtifact, InvalidInput, NotFound
+from infra.errors import BaseModelMismatch, CorruptArtifact, InvalidInput, NotFound
+from infra.folders import require_free
 from training.methods.catalog import CATALOG, get_method
 from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, stored_config, stored_tensors
 
@@ -81,8 +82,7 @@ def write_adapter(
     Raises:
         Conflict: `directory` holds something already.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise Conflict(f"{directory} exists already.", "Choose a directory that is new or empty.")
+    require_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()

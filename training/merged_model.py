@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from infra.errors import Conflict, NotMergeable
+from infra.errors import NotMergeable
+from infra.folders import require_free
 from training.methods.contract import Adapted
 from training.methods.targets import output_embeddings
 
@@ -25,12 +26,9 @@ def write_merged_model(adapted: Adapted, tokenizer: Any, directory: Path) -> Non
 
     Raises:
         NotMergeable: the update is no change of weights, or one that the architecture, loaded anew, has no place for.
-        Conflict: the directory holds something.
+        Conflict: the directory holds something, or is none.
     """
-    if directory.exists() and not directory.is_dir():
-        raise Conflict(f"{directory} is a file.", "Name a new or empty folder.")
-    if directory.exists() and any(directory.iterdir()):
-        raise Conflict(f"{directory} is not empty.", "Name a new or empty folder.")
+    require_free(directory)
     merged: Any = adapted.merge()
     if merged.config.tie_word_embeddings and not _tied(merged):
         merged.config.tie_word_embeddings = False  # or it would be tied again when it is loaded
@@ -45,7 +43,8 @@ def write_merged_model(adapted: Adapted, tokenizer: Any, directory: Path) -> Non
             raise NotMergeable(
                 f"Adapter '{adapted.name}', merged, changes what {type(merged).__name__} does not store: "
                 f"{', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}.",
-                "Use it as it is: export it without --merged.",
+                "Export it without --merged. Trained without biases (ssf: shift: false, hydra: bias: false), it would "
+                "merge.",
             )
         written.replace(directory)
 

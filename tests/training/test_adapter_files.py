@@ -170,7 +170,7 @@ def test_what_is_not_an_adapter_directory_says_so(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(stored: tuple[Path, Adapted]) -> None:
     before = (stored[0] / "regraft.json").read_bytes()
-    with pytest.raises(Conflict, match="exists already"):
+    with pytest.raises(Conflict, match="exists and is not"):
         write(stored[0], stored[1])
     assert (stored[0] / "regraft.json").read_bytes() == before
 

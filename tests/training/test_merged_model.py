@@ -70,7 +70,7 @@ def test_an_encoder_decoder_is_written_whole(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for place, told in ((tmp_path, "is not empty"), (tmp_path / "mine.txt", "is a file")):
+    for place, told in ((tmp_path, "is not empty"), (tmp_path / "mine.txt", "is not a directory")):
         with pytest.raises(Conflict, match=told):
             write_merged_model(trained("lora", tiny_llama()), None, place)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -22,11 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from infra.errors import InvalidInput
 from training.methods.calibration import draw, observe, rows_of, sharing_inputs
 from training.methods.contract import AttachContext, MethodCard
 from training.methods.injected import matrix
+from training.methods.plain_lora import Pair
 from training.methods.singular import leading
-from training.methods.started_lora import Pair, StartedLora, StartedLoraConfig
+from training.methods.started_lora import StartedLora, StartedLoraConfig
 from training.methods.targets import shape
 
 DAMPING = 0.01  # λ
@@ -82,13 +84,17 @@ class Corda(StartedLora):
     def _covariances(
         self, model: nn.Module, layers: Mapping[str, Any], config: Any, context: AttachContext
     ) -> dict[str, Tensor]:
-        """C [n, n] of each of `layers`, float32, where the layer's weight is."""
+        """C [n, n] of each of `layers`, float32, where the layer's weight is.
+
+        Raises:
+            InvalidInput: the data hold fewer tokens than a layer gets components.
+        """
         sums = {
             name: torch.zeros(n, n, device=layer.weight.device)
             for name, layer in layers.items()
             for n in shape(layer)[1:]
         }
-        counts = dict.fromkeys(layers, 0)
+        counts, tokens = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
         def hear(name: str, x: Tensor, kept: Tensor) -> None:
             sequences = [sequence[counting].float() for sequence, counting in zip(x, kept, strict=True)]
@@ -97,12 +103,19 @@ class Corda(StartedLora):
                 rows = torch.cat(scaled)  # one product for all: C is large, and each pass over it takes time
                 sums[name].addmm_(rows.T, rows)
                 counts[name] += len(scaled)
+                tokens[name] += len(rows)
 
         done = 0
         for batch in draw(context, model, self.name, config.samples):
             observe(model, layers, batch, hear)
             done += rows_of(batch)
             context.tell("covariances of the layers' inputs", done, config.samples)
+        scarcest = min(tokens, key=lambda name: tokens[name])
+        if tokens[scarcest] < config.rank:  # what is left of the rank would be of directions that the data do not have
+            raise InvalidInput(
+                f"The calibration data hold {tokens[scarcest]} tokens for {scarcest}, fewer than rank {config.rank}.",
+                "Lower method.rank, or give more data.",
+            )
         return {name: total / max(counts[name], 1) for name, total in sums.items()}
 
 

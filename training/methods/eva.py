@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from infra.errors import InvalidInput
 from training.methods.calibration import draw, observe, sharing_inputs
 from training.methods.contract import AttachContext, MethodCard
+from training.methods.plain_lora import Pair
 from training.methods.singular import leading
-from training.methods.started_lora import Pair, StartedLora, StartedLoraConfig
+from training.methods.started_lora import StartedLora, StartedLoraConfig
 from training.methods.targets import linear_modules, select, shape
 
 ITERATIONS = 4  # of the randomised SVD of large batches

@@ -427,9 +427,13 @@ def misfit(directory: Path, model: nn.Module, reason: str) -> CorruptArtifact:
 
 
 def matrix(layer: Any) -> Tensor:
-    """A layer's weight, outputs first (W [m, n] of a linear one), detached, float32; of `Conv1D`, a transposed view."""
+    """A layer's weight, outputs first (W [m, n] of a linear one), detached; of `Conv1D`, a transposed view.
+
+    In float32, or float64 where it is stored so.
+    """
     weight: Tensor = layer.weight.detach()
-    return (weight.T if isinstance(layer, Conv1D) else weight).float()
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def fold(model: nn.Module, place: str, adapter: str) -> None:

@@ -21,13 +21,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from infra.errors import InvalidInput
 from training.methods.calibration import draw, gradients
 from training.methods.contract import AttachContext, MethodCard
 from training.methods.injected import matrix
+from training.methods.plain_lora import Pair
 from training.methods.singular import leading
-from training.methods.started_lora import Pair, StartedLora, StartedLoraConfig
+from training.methods.started_lora import StartedLora, StartedLoraConfig
 
 ITERATIONS = 4  # of the randomised SVD of large gradients
+NOTHING = 1e-6  # of the largest singular value: below it there is only rounding
 
 
 class LoraGaConfig(StartedLoraConfig):
@@ -76,7 +79,11 @@ class LoraGa(StartedLora):
     def pairs(
         self, model: nn.Module, layers: Mapping[str, nn.Module], config: Any, context: AttachContext
     ) -> dict[str, Pair]:
-        """Disjoint singular directions of every layer's gradient."""
+        """Disjoint singular directions of every layer's gradient.
+
+        Raises:
+            InvalidInput: a gradient has too few.
+        """
         found = gradients(
             model,
             layers,
@@ -86,7 +93,13 @@ class LoraGa(StartedLora):
         pairs = {}
         for number, (name, layer) in enumerate(layers.items(), start=1):
             W = matrix(layer)
-            U, _, Vh = leading(found.pop(name).to(W.device), 2 * config.rank, ITERATIONS)
+            U, S, Vh = leading(found.pop(name).to(W.device), 2 * config.rank, ITERATIONS)
+            if S[-1] <= NOTHING * S[0]:
+                raise InvalidInput(
+                    f"The gradient of {name} at the calibration data has {int((NOTHING * S[0] < S).sum())} directions; "
+                    f"rank {config.rank} takes {2 * config.rank}.",
+                    "Lower method.rank, give more data, or leave the layer out: method.exclude.",
+                )
             of_a, of_b = chosen(config.direction, config.rank)
             c = size(config, W)
             pairs[name] = (c * Vh[of_a], c * U[:, of_b])

@@ -15,8 +15,9 @@ from torch import nn
 
 from training.methods.contract import AttachContext, MethodCard
 from training.methods.injected import matrix
+from training.methods.plain_lora import Pair
 from training.methods.singular import leading
-from training.methods.started_lora import Pair, StartedLora, StartedLoraConfig
+from training.methods.started_lora import StartedLora, StartedLoraConfig
 
 
 class PissaConfig(StartedLoraConfig):

@@ -1,21 +1,28 @@
 """Adapters whose update is of low rank, written as a plain LoRA: what peft, vLLM and every other tool reads."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import Conflict, InvalidInput
+from infra.errors import InvalidInput
+from infra.folders import require_free
 from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, origin
 from training.methods.injected import PREFIX, InjectedAdapted, base_of, matrix
+from training.methods.peft_method import PeftAdapted, bare
 from training.methods.targets import linear_modules, shortest
+
+Pair = tuple[Tensor, Tensor]  # A [r, n], B [m, r]
 
 
 def lora_config(
@@ -52,40 +59,110 @@ def lora_config(
 
 
 def write_plain_lora(adapted: Adapted, directory: Path) -> None:
-    """Write an adapter, whatever its own format, as a plain LoRA of scale 1.
+    """Write an adapter, whatever its own format, as a plain LoRA; one that is stored as a LoRA goes out as it is.
+
+    Regraft's own methods of low rank give their factors. Of those that peft brings, each layer's change of weight is
+    decomposed, and taken where the factors that equal it to float32's precision are smaller than the weight.
 
     Raises:
-        InvalidInput: it is a plain LoRA already, its update is not of low rank, or it changes more than weights.
-        Conflict: the directory holds something.
+        InvalidInput: the update is not of low rank, or more than a change of linear layers' weights.
+        Conflict: the directory holds something, or is none.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise Conflict(f"{directory} is not empty.", "Name a new or empty folder.")
-    if adapted.adapter_config().get("peft_type") == "LORA":
-        raise InvalidInput(f"Adapter '{adapted.name}' is stored as a LoRA already.", "Export it as it is.")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    slots = adapted.slots() if isinstance(adapted, InjectedAdapted) else {}
-    for place, slot in slots.items():
+    require_free(directory)
+    stored = adapted.adapter_config()
+    if stored.get("peft_type") == "LORA" and not stored.get("use_dora"):
+        adapted.save(directory)
+        return
+    if isinstance(adapted, InjectedAdapted):
+        pairs = dict(_pairs_of_slots(adapted))
+    elif isinstance(adapted, PeftAdapted):
+        pairs = dict(_pairs_of_peft(adapted))
+    else:
+        raise _unwritable(adapted, "it trains the base's own weights")
+    if not pairs:
+        raise _unwritable(adapted, "it changes no weight of a linear layer")
+    tensors = {
+        f"{PREFIX}{place}.lora_{side}.weight": factor.detach().float().cpu().contiguous()
+        for place, pair in pairs.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    ranks = {place: len(A) for place, (A, _) in pairs.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
+    model = bare(adapted.model)
+    content = {"peft_type": "LORA", **origin(model), **lora_config(model, ranks, scale=1.0)}
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _pairs_of_slots(adapted: InjectedAdapted) -> Iterator[tuple[str, Pair]]:
+    """A [r, n] and B [m, r] of every adapted layer, as its slot gives them."""
+    for place, slot in adapted.slots().items():
         if not hasattr(slot, "low_rank"):
-            break
+            raise _unwritable(adapted, "its method's update is not one of low rank")
         layer: Any = base_of(adapted.model.get_submodule(place))
         weight, bias = matrix(layer), None if layer.bias is None else layer.bias.detach().float()
         shift = slot.shift(weight, bias)
         if shift is not None and torch.count_nonzero(shift):
-            raise InvalidInput(f"Adapter '{adapted.name}' also changes the bias of {place}.", "Merge it instead.")
-        A, B = slot.low_rank(weight)
-        tensors |= {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
-        ranks[place] = len(A)
-    if not ranks or len(ranks) < len(slots):
-        raise InvalidInput(
-            f"Adapter '{adapted.name}' is of a method that Regraft cannot write as a plain LoRA.",
-            "Export it as it is, or --merged.",
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    shown: dict[str, Tensor] = {f"{PREFIX}{k}": v.detach().float().cpu().contiguous() for k, v in tensors.items()}
-    save_file(shown, directory / TENSORS_FILE, metadata={"format": "pt"})
-    content = {"peft_type": "LORA", **origin(adapted.model), **lora_config(adapted.model, ranks, scale=1.0)}
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            raise _unwritable(adapted, f"it also changes the bias of {place}")
+        yield place, slot.low_rank(weight)
+
+
+def _pairs_of_peft(adapted: PeftAdapted) -> Iterator[tuple[str, Pair]]:
+    """A [r, n] and B [m, r] of every layer whose weight peft, merging in float64, changes."""
+    for place, module in bare(adapted.model).named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise _unwritable(adapted, f"it holds {place} whole")
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        twin: Any = copy.deepcopy(module).double()
+        layer = twin.get_base_layer()
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise _unwritable(adapted, f"it changes {place}, which is no linear layer")
+        weight, bias = matrix(layer).clone(), None if layer.bias is None else layer.bias.detach().clone()
+        twin.merge(adapter_names=[adapted.name])
+        if bias is not None and not torch.equal(layer.bias, bias):
+            raise _unwritable(adapted, f"it also changes the bias of {place}")
+        pair = decomposed(matrix(layer) - weight)
+        if pair is None:
+            raise _unwritable(adapted, f"its update of {place} is not of low rank")
+        if len(pair[0]):
+            yield place, pair
+
+
+def decomposed(update: Tensor) -> Pair | None:
+    """A [r, n] and B [m, r] of the lowest rank with BA = ΔW [m, n] to float32's precision, in ΔW's own dtype.
+
+    None where they would be no smaller than ΔW itself, r(m + n) ≥ mn. What is tried is the range that ΔW spans on
+    random directions (Halko et al., arXiv 0909.4061), twice as many each time: a low rank is found at its own cost.
+    """
+    m, n = update.shape
+    norm = torch.linalg.matrix_norm(update)
+    tolerance = 8 * torch.finfo(torch.float32).eps * norm
+    most = (m * n - 1) // (m + n)
+    generator = torch.Generator(update.device).manual_seed(0)
+    tried = 32
+    while True:
+        tried = min(tried, most)
+        directions = torch.randn(n, tried, generator=generator, dtype=update.dtype, device=update.device)
+        basis = torch.linalg.qr(update @ directions).Q
+        inner = basis.T @ update
+        if torch.linalg.matrix_norm(update - basis @ inner) <= tolerance:
+            break
+        if tried == most:
+            return None
+        tried *= 2
+    U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
+    left_out = S.flip(0).square().cumsum(0).sqrt().flip(0)  # by the rank that would leave it out
+    rank = int((left_out > tolerance).sum())
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], basis @ U[:, :rank] * root
+
+
+def _unwritable(adapted: Adapted, why: str) -> InvalidInput:
+    return InvalidInput(
+        f"Adapter '{adapted.name}' cannot be written as a plain LoRA: {why}.",
+        "Export it as it is, or --merged where it merges.",
+    )
 
 
 def _plain(number: float) -> float:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from infra.errors import CorruptArtifact
 from training.methods.contract import AttachContext, MethodConfig
 from training.methods.injected import InjectedAdapted, InjectedMethod, Slot
-from training.methods.plain_lora import lora_config
+from training.methods.plain_lora import Pair, lora_config
 from training.methods.targets import (
     ALL_LINEAR,
     EXCLUDE_HELP,
@@ -31,8 +31,6 @@ from training.methods.targets import (
     select_for_rank,
     shape,
 )
-
-Pair = tuple[Tensor, Tensor]  # A [r, n], B [m, r]
 
 
 class StartedLoraConfig(MethodConfig):

@@ -211,3 +211,9 @@ def test_inputs_that_are_no_numbers_and_ranks_above_the_size_are_refused() -> No
         attach(Regression(6, 9), {"inputs": torch.full((2, 4, 9), torch.inf)}, rank=2)
     with pytest.raises(InvalidInput, match="rank 7 needs layers of 7"):
         attach(Regression(6, 9), {"inputs": drawn(2, 4, 9)}, rank=7)
+
+
+def test_fewer_tokens_than_components_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="hold 3 tokens for layer, fewer than rank 4"):
+        attach(Regression(6, 9), {"inputs": drawn(1, 3, 9)}, rank=4)
+    attach(Regression(6, 9), {"inputs": drawn(2, 2, 9)}, rank=4)

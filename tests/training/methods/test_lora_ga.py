@@ -175,3 +175,10 @@ def test_a_layer_without_room_for_twice_the_rank_is_refused() -> None:
         attach(Regression(M, N), data(), rank=6)
     with pytest.raises(InvalidInput, match="Regression computes no loss"):
         attach(Regression(M, N), {"inputs": data()["inputs"]}, rank=2)
+
+
+def test_data_that_show_too_few_directions_are_refused() -> None:
+    x, y = drawn(1, 4, N), drawn(1, 4, M, seed=1)  # four tokens, of which no sum of gradients has more than rank 4
+    with pytest.raises(InvalidInput, match=r"gradient of layer .* has 4 directions; rank 3 takes 6"):
+        attach(Regression(M, N), {"inputs": x, "labels": y}, rank=3)
+    attach(Regression(M, N), {"inputs": x, "labels": y}, rank=2)
