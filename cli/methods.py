@@ -1,5 +1,7 @@
 """`regraft methods`: what can be trained."""
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -32,14 +34,15 @@ def list_(
             card.family,
             ", ".join(card.modality),
             card.merge,
-            "needed" if card.needs_calibration else "–",
+            _CALIBRATION[card.needs_calibration],
             card.parameters,
             card.paper,
         )
         for name, card in cards
     ]
     columns = ("name", "~family", "+~modality", "merges", "+calibration", "+~parameters", "~paper")
-    show(columns, rows, f"No method of a family like '{escape(family or '')}'.")
+    families = sorted({get_method(name).card.family.partition(" /")[0] for name in CATALOG})
+    show(columns, rows, f"No method of a family like '{escape(family or '')}'. Families: {', '.join(families)}.")
 
 
 @app.command("show")
@@ -52,8 +55,13 @@ def show_(name: str, as_json: Json = False) -> None:
 
     method = get_method(name)
     fields = method.config_type.model_fields
+    schema = method.config_type.model_json_schema()
+    values = {key: _values(of, schema.get("$defs", {})) for key, of in schema.get("properties", {}).items()}
     if as_json:
-        options = {key: {"default": _default(field), "help": field.description} for key, field in fields.items()}
+        options = {
+            key: {"default": _default(field), "values": values[key], "help": field.description}
+            for key, field in fields.items()
+        }
         print_json({"name": name, **_fields(method.card), "options": options})
         return
     card = method.card
@@ -65,15 +73,15 @@ def show_(name: str, as_json: Json = False) -> None:
             ("parameters", card.parameters),
             ("merges", card.merge),
             ("fresh adapter", _FRESH[card.identity_at_init]),
-            ("calibration", "needed" if card.needs_calibration else "not needed"),
+            ("calibration", _CALIBRATION[card.needs_calibration]),
             ("modality", ", ".join(card.modality)),
             ("tested on", ", ".join(card.backbones)),
             ("refuses", ", ".join(card.refuses) or "no training option"),
         )
     )
     console.print()
-    rows = [(k, escape(str(_default(f))), escape(f.description or "")) for k, f in fields.items()]
-    show(("option", "default", "~what it is"), rows, "No options.")
+    rows = [(k, escape(_yaml(_default(f))), escape(values[k]), escape(f.description or "")) for k, f in fields.items()]
+    show(("option", "default", "~values", "~what it is"), rows, "No options.")
     console.print(f"\nIn a recipe:\n  [cyan]method:\n    name: {name}[/]")
 
 
@@ -82,6 +90,37 @@ _FRESH = {
     "nearly": "hardly changes outputs",
     False: "changes outputs at once",
 }
+
+
+_CALIBRATION = {True: "needed", "optional": "by some options", False: "not needed"}
+
+
+_KINDS = {"integer": "integer", "string": "text", "boolean": "true, false", "null": "null", "array": "list"}
+_BOUNDS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+    "multipleOf": "a multiple of",
+}
+
+
+def _values(schema: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+    """What an option may be, by its JSON schema."""
+    if "$ref" in schema:
+        return _values(named[schema["$ref"].rpartition("/")[2]], named)
+    if "anyOf" in schema:
+        return " or ".join(filter(None, (_values(each, named) for each in schema["anyOf"])))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    limits = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
+    kind = _KINDS.get(schema.get("type", ""), "")
+    return f"{kind} {limits}".strip() if limits or kind else "number"
+
+
+def _yaml(value: Any) -> str:
+    """A default as a recipe would say it."""
+    return str(value) if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _fields(card: Any) -> dict[str, Any]:

@@ -35,12 +35,18 @@ def import_adapter(directory: Path, name: str, base: str, task: str | None = Non
     require_same_base(files, record, directory)
     loaded = load_base(folder.reference, cache=get_settings().base_models)
     try:
-        attach_stored(loaded.model, directory, base_identity=record.identity_sha256)
+        adapted = attach_stored(loaded.model, directory, base_identity=record.identity_sha256)
     except CorruptArtifact as error:
         named = files.config.get("base_model_name_or_path") or "a base that it does not name"
         raise BaseModelMismatch(
             f"{directory} was made for {named} and does not fit {record.name}: {error.what}",
             "Name the base model it was trained on: regraft base list",
         ) from None
+    damaged = [name for name, t in adapted.tensors().items() if t.is_floating_point() and not t.isfinite().all()]
+    if damaged:
+        raise CorruptArtifact(
+            f"{directory} holds {damaged[0]}{' and more' if len(damaged) > 1 else ''} with NaN or infinity in it.",
+            "Was it trained to the end? Import an earlier checkpoint.",
+        )
     method = read_adapter(directory).method
     return AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, method=method, task=task)

@@ -15,9 +15,10 @@ Document = TypeVar("Document", bound=BaseModel)
 
 def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
     """`Did you mean 'rank'?`, or the known words where none is close; each shown behind `prefix`."""
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    as_lower = {each.lower(): each for each in known}
+    close = get_close_matches(word.lower(), as_lower, n=1, cutoff=0.5)
     if close:
-        return f"Did you mean '{prefix}{close[0]}'?"
+        return f"Did you mean '{prefix}{as_lower[close[0]]}'?"
     return f"Known: {', '.join(f'{prefix}{each}' for each in sorted(known))}."
 
 

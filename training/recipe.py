@@ -91,6 +91,8 @@ class Recipe(_Section):
     @field_validator("method", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict | MethodChoice):
+            raise ValueError("give one method's name, or a mapping of its name and options")
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -152,7 +154,7 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
         except InvalidInput as error:
             problems.append(error.what.replace("is not an option.", f"is not an option of '{chosen}'."))
     if problems:
-        remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method.") else ""
+        remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method") else ""
         raise InvalidInput("\n".join(problems), remedy)
     for option in get_method(recipe.method.name).card.refuses:
         if getattr(recipe.training, option) != TrainingOptions.model_fields[option].default:

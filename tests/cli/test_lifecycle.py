@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -113,6 +114,24 @@ def test_one_version_shows_its_hash_and_its_run_whole(trained: dict[str, Any]) -
 )
 def test_json_on_standard_output_is_json_and_nothing_else(trained: dict[str, Any], arguments: tuple[str, ...]) -> None:
     assert json.loads(clean(run_here(*arguments, "--json"))) is not None
+
+
+def test_a_methods_options_are_shown_with_what_they_may_be() -> None:
+    options = json.loads(clean(run_here("methods", "show", "s2ft", "--json")))["options"]
+    assert options["choose"]["values"] == "smallest, largest"
+    assert options["output"]["values"] == "≥ 0, ≤ 1"
+    assert options["calibration_batches"]["values"] == "integer ≥ 1"
+    shown = clean(run_here("methods", "show", "s2ft"))
+    assert "by some options" in shown
+    shown = clean(run_here("methods", "show", "llm-adapters"))
+    assert "number or learned" in " ".join(shown.split())
+    assert "null" in shown and "None" not in shown and "()" not in shown
+
+
+def test_a_family_that_is_none_leads_to_those_that_are() -> None:
+    assert "Families: additive, full fine-tuning, reparameterised, selective." in " ".join(
+        clean(run_here("methods", "list", "--family", "aditive")).split()
+    )
 
 
 def test_searching_narrows_the_listing(trained: dict[str, Any]) -> None:
@@ -339,6 +358,11 @@ def test_an_import_that_must_not_be_trusted_is_refused(
     assert run_here("import", str(exported), "../smuggled", "--base", "walked-base").code == 2
 
     (exported / "regraft.json").unlink()  # as stock peft writes it: nothing but the tensors tells the base
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    diverged = refused()
+    assert (diverged.code, "with NaN or infinity in it" in diverged.err) == (5, True)
     deeper = save_tiny_llama(tmp_path / "deeper", layers=3)
     misfit = refused("--base", f"path:{deeper}")
     assert (misfit.code, "does not fit deeper" in misfit.err) == (6, True)

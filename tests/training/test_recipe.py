@@ -47,6 +47,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     [
         ({"method": {"name": "lora", "rnak": 4}}, "method.rnak is not an option of 'lora'. Did you mean 'rank'?"),
         ({"method": "loar"}, "'loar' is not a method. Did you mean 'lora'?"),
+        ({"method": ["lora"]}, "method: give one method's name, or a mapping of its name and options"),
+        ({"method": "PiSSA"}, "Did you mean 'pissa'?"),
+        ({"method": {"name": "adalora", "rank": 9, "initial_rank": 4}}, "initial_rank must be no lower than rank, 9"),
+        ({"method": {"name": "lora-sb", "learning_rate": 1e9}}, "method.learning_rate: Input should be less than"),
+        ({"method": {"name": "llm-adapters", "scale": 0}}, "at 0 nothing would train"),
         ({"method": {"name": ["lora"]}}, "method.name: Input should be a valid string"),
         ({"trainng": {}}, "trainng is not an option. Did you mean 'training'?"),
         ({"training": {"stesp": 4}}, "training.stesp is not an option. Did you mean 'steps'?"),
@@ -67,6 +72,13 @@ def test_a_mistake_is_named_with_its_place_and_what_was_meant(
         load_recipe(written(tmp_path, **sections))
     assert "recipe.yaml: " in refused.value.what
     assert told in refused.value.what
+
+
+def test_a_mistake_in_a_methods_options_leads_to_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        load_recipe(written(tmp_path, method={"name": "scaling-sft", "accumulate": 30}))
+    assert refused.value.what == "recipe.yaml: method: accumulate must be below reselect_every, 20; it is 30"
+    assert refused.value.remedy == "See: regraft methods show scaling-sft"
 
 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ class AdaLoraConfig(MethodConfig):
     @model_validator(mode="after")
     def _falls(self) -> "AdaLoraConfig":
         if self.rank > self.initial_rank:
-            raise ValueError("initial_rank must be no lower than rank")
-        if self.warmup + self.final >= 1:
-            raise ValueError("warmup and final must leave steps between them")
+            raise ValueError(f"initial_rank must be no lower than rank, {self.rank}; it is {self.initial_rank}")
+        if (total := self.warmup + self.final) >= 1:
+            raise ValueError(f"warmup and final, shares of the steps, must be less than 1 together; they are {total:g}")
         return self
 
 

@@ -378,7 +378,10 @@ class ComposableSft(InjectedMethod[ComposableSftConfig]):
             InvalidInput: the number of steps is unknown or leaves no room for two phases, or K is too large.
         """
         if context.total_steps is None or context.total_steps < 2:
-            raise InvalidInput("'composable-sft' trains in two phases and needs to know of two steps or more.")
+            raise InvalidInput(
+                "'composable-sft' trains in two phases and needs to know of two steps or more.",
+                "Set training.steps or training.epochs higher.",
+            )
         adapted: ComposableSftAdapted = super().attach(model, config, context, name)
         adapted.total_steps = context.total_steps
         return adapted
@@ -388,7 +391,7 @@ class ComposableSft(InjectedMethod[ComposableSftConfig]):
         del config
         places = [group[0] for group in _groups(model)]
         if not places:
-            raise InvalidInput(f"{type(model).__name__} has no layer that '{self.name}' could change.")
+            raise InvalidInput(f"{type(model).__name__} has no layer that '{self.name}' could change.", "Try: full")
         return places
 
     def fresh(

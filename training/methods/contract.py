@@ -59,7 +59,7 @@ class MethodCard:
         adds_biases: merging gives layers without a bias one, so that the merged model has more tensors than the base.
         identity_at_init: a fresh adapter leaves the model's outputs as they are; "nearly" where its start is drawn
             close to that.
-        needs_calibration: `AttachContext.calibration` must be given.
+        needs_calibration: `AttachContext.calibration` must be given; "optional" where only some options read it.
         count_is_bound: `Method.count` is the most that can come out; calibration data decide how many it is.
         changes_base: trains the base's own parameters instead of adding some.
         packing: trains on several examples in a row, told apart by their position ids.
@@ -78,7 +78,7 @@ class MethodCard:
     merge: Literal["exact", "approximate", "no"] = "exact"
     adds_biases: bool = False
     identity_at_init: bool | Literal["nearly"] = True
-    needs_calibration: bool = False
+    needs_calibration: bool | Literal["optional"] = False
     count_is_bound: bool = False
     changes_base: bool = False
     packing: bool = True

@@ -33,7 +33,7 @@ from infra.errors import CorruptArtifact, InvalidInput
 from kernels.cross_entropy import IGNORE
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig, check_fit
 from training.methods.peft_method import PeftAdapted
-from training.methods.soft_prompt import SoftPromptAdapted, SoftPromptMethod, task_type
+from training.methods.soft_prompt import SoftPromptAdapted, SoftPromptMethod, check_positions, task_type
 
 PROMPT, DELTA = "prompt_embeddings", "prompt_embeddings.delta"
 SEPARATOR, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, LABEL = range(5)
@@ -137,6 +137,7 @@ class Cpt(SoftPromptMethod[CptConfig]):
         backbones=("llama", "gpt2", "gemma3_text"),
         merge="no",
         identity_at_init=False,
+        needs_calibration="optional",
         packing=False,
         sharding=False,
     )
@@ -149,9 +150,7 @@ class Cpt(SoftPromptMethod[CptConfig]):
         """
         if task_type(model) != TaskType.CAUSAL_LM:
             raise InvalidInput(f"cpt needs a causal language model, which {type(model).__name__} is not.", "Try: lora")
-        most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and config.virtual_tokens >= most:
-            raise InvalidInput(f"virtual_tokens {config.virtual_tokens} leaves no room in {most} positions.")
+        check_positions(model, config.virtual_tokens)
         ids, types = _context(config, context)
         return peft.CPTConfig(
             task_type=TaskType.CAUSAL_LM,
@@ -230,7 +229,10 @@ def _context(config: CptConfig, context: AttachContext) -> Typed:
 def _demonstrations(config: CptConfig, context: AttachContext) -> Iterator[Typed]:
     if config.demonstrations:
         if context.processor is None:
-            raise InvalidInput("cpt with demonstrations needs the base model's tokenizer, and it has none.")
+            raise InvalidInput(
+                "cpt with demonstrations needs the base model's tokenizer, and it has none.",
+                "Leave method.demonstrations out: the first training examples serve.",
+            )
         for shown in config.demonstrations:
             parts = (config.input_template, shown.input, config.output_template, shown.output, config.separator)
             kinds = (INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, LABEL, SEPARATOR)

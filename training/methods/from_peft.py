@@ -36,7 +36,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.boft.layer import get_fbd_cuda
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,6 +50,7 @@ from training.methods.targets import (
     Targets,
     linear_modules,
     select,
+    select_with_room,
     shape,
     shortest,
 )
@@ -110,7 +111,7 @@ class FromPeft(PeftMethod[Any]):
         """peft's configuration on exactly the selected layers.
 
         Raises:
-            InvalidInput: one of them is of a kind or shape that the method does not adapt.
+            InvalidInput: one of them is of a kind or shape that the method does not adapt, or all are below the rank.
         """
         layers = linear_modules(model)
         names = select(model, config.targets, config.exclude)
@@ -122,6 +123,8 @@ class FromPeft(PeftMethod[Any]):
                     f"{self.name} cannot adapt {name} of {type(model).__name__}: {reason}.",
                     "Try: lora" if wrong_kind else "Change that option, or leave the layer out: method.exclude.",
                 )
+        if hasattr(config, "rank"):
+            select_with_room(model, config.targets, config.exclude, config.rank)
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
         arguments = {theirs: getattr(config, ours) for ours, theirs in self.names.items()} | dict(self.fixed)
         if "fan_in_fan_out" in kind.__dataclass_fields__:
@@ -133,7 +136,9 @@ class FromPeft(PeftMethod[Any]):
         try:
             return super().attach(model, config, context, name)
         except (ValueError, TypeError) as error:
-            raise InvalidInput(f"peft cannot put {self.name} on {type(model).__name__}: {error}") from error
+            raise InvalidInput(
+                f"peft cannot put {self.name} on {type(model).__name__}: {error}", "Try another method, or targets."
+            ) from error
 
     def is_active(self, adapted: PeftAdapted) -> bool:
         """peft's layers of this type are there and hold the adapter."""
@@ -267,6 +272,13 @@ class LokrConfig(LohaConfig):
     rank: int = Field(8, ge=1, description="r of the second factor, where it is large enough to be split.")
     factor: int = Field(-1, ge=-1, description="Rows and columns of the first factor; -1: near the square root.")
     decompose_both: bool = Field(False, description="Split the first factor, too, where it is large enough.")
+
+    @field_validator("factor")
+    @classmethod
+    def _divides(cls, factor: int) -> int:
+        if factor == 0:
+            raise ValueError("no matrix has 0 rows; -1 takes a factor near the square root")
+        return factor
 
 
 def split(size: int, factor: int) -> tuple[int, int]:

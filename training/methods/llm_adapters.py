@@ -21,7 +21,7 @@ from math import sqrt
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from training.methods.bottleneck import Activation, BottleneckSlot, DenseBottleneck, Place, draw, stored_size
@@ -50,6 +50,13 @@ class LlmAdaptersConfig(MethodConfig):
         "adapters its first, too.",
     )
     exclude: tuple[str, ...] = Field((), description=EXCLUDE_HELP)
+
+    @field_validator("scale")
+    @classmethod
+    def _weighs(cls, scale: float | str) -> float | str:
+        if scale == 0:
+            raise ValueError("at 0 nothing would train; give another number, or learned")
+        return scale
 
 
 class LlmAdapters(InjectedMethod[LlmAdaptersConfig]):

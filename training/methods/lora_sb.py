@@ -38,7 +38,7 @@ class LoraSbConfig(StartedLoraConfig):
 
     rank: int = Field(96, ge=1, description="r: R is r × r.")
     samples: int = Field(50, ge=1, description="N, the number of samples whose gradients are summed.")
-    learning_rate: float = Field(1e-4, gt=0, description="Of the update taken first; the training's own, as a rule.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Of the update taken first; as a rule, the training's.")
     warmup_ratio: float = Field(0.02, ge=0, le=1, description="Share of the steps that its warm-up is taken to last.")
     iterations: int | None = Field(
         10, ge=1, description="Subspace iterations of the randomised SVD of large layers; null for the full SVD."

@@ -176,7 +176,8 @@ class PeftMethod(Method[Config]):
         if isinstance(model, PeftModel):
             if model.peft_type != peft_config.peft_type:
                 raise InvalidInput(
-                    f"The model carries {model.peft_type.value} adapters; '{self.name}' cannot join them."
+                    f"The model carries {model.peft_type.value} adapters; '{self.name}' cannot join them.",
+                    "Load the base anew.",
                 )
             if name in model.peft_config:
                 raise Conflict(f"The model carries an adapter called '{name}' already.", "Choose another name.")

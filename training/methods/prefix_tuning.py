@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from infra.errors import InvalidInput
 from training.methods.contract import MethodCard, MethodConfig, check_fit
-from training.methods.soft_prompt import SoftPromptAdapted, SoftPromptMethod, task_type
+from training.methods.soft_prompt import SoftPromptAdapted, SoftPromptMethod, check_positions, task_type
 
 PROJECTION = "projection."
 
@@ -81,6 +81,7 @@ class PrefixTuning(SoftPromptMethod[PrefixTuningConfig]):
                 "A prefix lives in the key-value cache, which gradient checkpointing switches off.",
                 "Set gradient_checkpointing: false, or use prompt-tuning.",
             )
+        check_positions(model, config.virtual_tokens)
         layers, heads, size = key_shape(model)
         return peft.PrefixTuningConfig(
             task_type=kind,

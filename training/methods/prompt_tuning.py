@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from infra.errors import InvalidInput
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.peft_method import PeftAdapted
-from training.methods.soft_prompt import SoftPromptMethod, task_type
+from training.methods.soft_prompt import SoftPromptMethod, check_positions, task_type
 
 
 class PromptTuningConfig(MethodConfig):
@@ -34,8 +34,10 @@ class PromptTuningConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _text_where_it_is_used(self) -> "PromptTuningConfig":
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("init: text and init_text go together")
+        if self.init == "text" and self.init_text is None:
+            raise ValueError("init: text needs init_text, the text to start from")
+        if self.init != "text" and self.init_text is not None:
+            raise ValueError("init_text is only read with init: text")
         return self
 
 
@@ -59,8 +61,10 @@ class PromptTuning(SoftPromptMethod[PromptTuningConfig]):
 
     def peft_config(self, model: nn.Module, config: PromptTuningConfig) -> PeftConfig:
         """`peft.PromptTuningConfig`, for one stack of layers also where the model has two."""
+        kind = task_type(model)
+        check_positions(model, config.virtual_tokens)
         return peft.PromptTuningConfig(
-            task_type=task_type(model), num_virtual_tokens=config.virtual_tokens, num_transformer_submodules=1
+            task_type=kind, num_virtual_tokens=config.virtual_tokens, num_transformer_submodules=1
         )
 
     def initialise(self, adapted: PeftAdapted, config: PromptTuningConfig, context: AttachContext) -> None:
@@ -90,10 +94,13 @@ class PromptTuning(SoftPromptMethod[PromptTuningConfig]):
 
 def _text_tokens(config: PromptTuningConfig, context: AttachContext) -> Tensor:
     if context.processor is None:
-        raise InvalidInput("prompt-tuning with init: text needs the base model's tokenizer, and it has none.")
+        raise InvalidInput(
+            "prompt-tuning with init: text needs the base's tokenizer, and it has none.",
+            "Set method.init: vocab.",
+        )
     tokens = context.processor(config.init_text, add_special_tokens=False)["input_ids"]
     if not tokens:
-        raise InvalidInput(f"init_text: {config.init_text!r} has no tokens.")
+        raise InvalidInput(f"init_text: {config.init_text!r} has no tokens.", "Give words, or set method.init: vocab.")
     repeated = tokens * math.ceil(config.virtual_tokens / len(tokens))
     return torch.tensor(repeated[: config.virtual_tokens])
 

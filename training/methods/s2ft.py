@@ -60,7 +60,7 @@ class S2ftConfig(MethodConfig):
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
         if not (self.output or self.down or self.value or self.up):
-            raise ValueError("output, down, value and up are all 0: nothing would train")
+            raise ValueError("output, down, value and up are all 0, so nothing would train: raise one of them")
         return self
 
 
@@ -107,6 +107,7 @@ class S2ft(InjectedMethod[S2ftConfig]):
         parameters="(heads_o·d + heads_v·d)·d_head + (channels_down + channels_up)·d, of those chosen",
         backbones=("llama", "gpt2", "gemma3_text", "bert", "t5", "vit"),
         modality=("language", "vision"),
+        needs_calibration="optional",
         sharding=False,  # the backward pass reads whole weights
     )
 

@@ -69,7 +69,7 @@ class ScalingSftConfig(MethodConfig):
     @model_validator(mode="after")
     def _phases_end(self) -> "ScalingSftConfig":
         if self.accumulate >= self.reselect_every:
-            raise ValueError(f"accumulate ({self.accumulate}) must be below reselect_every ({self.reselect_every})")
+            raise ValueError(f"accumulate must be below reselect_every, {self.reselect_every}; it is {self.accumulate}")
         return self
 
     def share(self, step: int, total: int) -> float:
@@ -437,7 +437,10 @@ class ScalingSft(InjectedMethod[ScalingSftConfig]):
             InvalidInput: the number of steps is unknown, or too small for one selection.
         """
         if context.total_steps is None:
-            raise InvalidInput("'scaling-sft' needs the number of training steps, which decides when it selects.")
+            raise InvalidInput(
+                "'scaling-sft' needs the number of training steps, which decides when it selects.",
+                "Set training.steps or training.epochs.",
+            )
         if context.total_steps <= config.accumulate:
             raise InvalidInput(
                 f"In {context.total_steps} training steps there is no selection after step {config.accumulate}.",

@@ -191,7 +191,7 @@ def width_of(layer: nn.Module) -> int:
         return int(layer.weight.numel())  # type: ignore[operator]
     linear = list(linear_modules(layer).values())
     if not linear:
-        raise InvalidInput(f"{type(layer).__name__} has no linear layer, so it is no transformer block.")
+        raise InvalidInput(f"{type(layer).__name__} has no linear layer, so it is no transformer block.", "Try: lora")
     return shape(linear[-1])[0]
 
 

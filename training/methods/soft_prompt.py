@@ -85,6 +85,17 @@ def task_type(model: nn.Module) -> TaskType:
     return TaskType.CAUSAL_LM if model.can_generate() else TaskType.FEATURE_EXTRACTION  # type: ignore[operator]
 
 
+def check_positions(model: nn.Module, virtual_tokens: int) -> None:
+    """Raise `InvalidInput` where a prompt would leave no room in the model's positions."""
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and virtual_tokens >= most:
+        raise InvalidInput(
+            f"virtual_tokens {virtual_tokens} leaves no room in the {most} positions of {type(model).__name__}.",
+            "Lower method.virtual_tokens: inputs and answers need positions, too.",
+        )
+
+
 def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if model._adapters_disabled:
         return None

@@ -150,7 +150,10 @@ def _pattern(targets: str) -> re.Pattern[str]:
     try:
         return re.compile(targets)
     except re.error as error:
-        raise InvalidInput(f"targets: '{targets}' is not a regular expression ({error}).") from None
+        raise InvalidInput(
+            f"targets: '{targets}' is not a regular expression ({error}).",
+            "Names and name endings go in a list: [q_proj, v_proj].",
+        ) from None
 
 
 def check_exclude(model: nn.Module, exclude: tuple[str, ...]) -> None:

@@ -96,5 +96,5 @@ def test_a_schedule_needs_to_know_its_steps() -> None:
         attached(steps=0)
     with pytest.raises(ValueError, match="no lower than rank"):
         METHOD.config_type(rank=8, initial_rank=4)
-    with pytest.raises(ValueError, match="leave steps between"):
+    with pytest.raises(ValueError, match="less than 1 together"):
         METHOD.config_type(warmup=0.5, final=0.5)

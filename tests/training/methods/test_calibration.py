@@ -227,3 +227,17 @@ def test_a_training_that_crashed_resumes_to_the_same_bits(tmp_path: Path, method
     resumed, outcome = run(tmp_path / "crashed", adapted=attached())
     assert outcome.resumed_from == 5
     assert same_bits(copied(whole), copied(resumed))
+
+
+def test_logits_that_nobody_looks_at_are_not_computed() -> None:
+    model = tiny_llama()
+    batch = {"input_ids": ids(2, 6), "labels": ids(2, 6)}
+    positions: list[int] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, arguments: positions.append(arguments[0].shape[1]))
+    inner = layers_of(model, "down_proj")
+    heard = seen(model, inner, batch)
+    with_head = seen(model, inner | {"lm_head": model.lm_head}, batch)
+    hook.remove()
+    assert positions == [1, 6]
+    assert with_head["lm_head"].shape == (12, 32)
+    assert all(torch.equal(heard[name], with_head[name]) for name in inner)

@@ -93,7 +93,7 @@ def test_training_examples_are_the_demonstrations_where_none_are_given() -> None
 def test_what_it_cannot_prompt_is_refused() -> None:
     with pytest.raises(InvalidInput, match="causal language model"):
         attached(tiny_bert())
-    with pytest.raises(InvalidInput, match="leaves no room in 256 positions"):
+    with pytest.raises(InvalidInput, match="leaves no room in the 256 positions"):
         attached(virtual_tokens=300)
     with pytest.raises(InvalidInput, match="tokenizer"):
         METHOD.attach(tiny_llama(), METHOD.config_type(demonstrations=SHOWN), AttachContext())

@@ -163,6 +163,8 @@ def test_kronecker_factors_are_peft_s(size: int, factor: int) -> None:
         ("fourierft", {"frequencies": 5000}, "has only 1024 entries"),
         ("shira", {"rank": 32}, "fewer than r"),
         ("vera", {"targets": ["nowhere"]}, "matches no module"),
+        ("vera", {}, "rank 256 is above that of every layer: the largest has 32"),
+        ("hra", {"rank": 40}, "rank 40 is above that of every layer: the largest has 32"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(method, options, message) -> None:
@@ -172,6 +174,11 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(method, optio
     with pytest.raises(InvalidInput, match=message):
         get_method(method).attach(model, get_method(method).config_type(**options), AttachContext())
     assert not hasattr(model, "peft_config")
+
+
+def test_a_factor_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="no matrix has 0 rows"):
+        get_method("lokr").config_type(factor=0)
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "oft", "boft", "hra", "miss", "c3a", "road", "delora", "shira"])

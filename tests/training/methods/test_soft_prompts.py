@@ -32,7 +32,7 @@ P = 3
 
 
 def attach(method: str, model: nn.Module, context: AttachContext | None = None, **options: Any) -> SoftPromptAdapted:
-    config = get_method(method).config_type(virtual_tokens=P, **options)
+    config = get_method(method).config_type(**{"virtual_tokens": P} | options)
     return get_method(method).attach(model, config, context or AttachContext())
 
 
@@ -159,8 +159,14 @@ def test_a_prompt_starts_as_its_options_say() -> None:
     with pytest.raises(InvalidInput, match="tokenizer"):
         attach("prompt-tuning", tiny_gemma3(), init="text", init_text="ab")
     for wrong in ({"init": "text"}, {"init_text": "ab"}):
-        with pytest.raises(ValueError, match="go together"):
+        with pytest.raises(ValueError, match="init_text"):
             get_method("prompt-tuning").config_type(**wrong)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_a_prompt_longer_than_the_models_positions_is_refused(method: str) -> None:
+    with pytest.raises(InvalidInput, match="virtual_tokens 256 leaves no room in the 256 positions of Llama"):
+        attach(method, tiny_llama(), virtual_tokens=256)
 
 
 def test_a_projected_prefix_of_peft_goes_on_as_a_plain_one(tmp_path: Path) -> None:
