@@ -11,11 +11,12 @@ from functools import partial
 from sqlalchemy import select
 
 from infra.errors import NotFound, RegraftError
-from registry import aliases, journal, registration
+from registry import aliases, attachments, journal, registration
 from registry.addresses import alias_name
 from registry.artifacts import ArtifactStore
+from registry.attachments import Attaching
 from registry.database import Database
-from registry.models import Adapter, Alias, Decision, JournalEntry, JournalState, Version, VersionState
+from registry.models import Adapter, Alias, Attachment, Decision, JournalEntry, JournalState, Version, VersionState
 from registry.registration import Registration
 from registry.tracking import Tracking, artifact_source
 from registry.versions import VISIBLE
@@ -81,6 +82,7 @@ class Fsck:
 
     def _faults(self) -> Iterator[_Fault]:
         yield from self._interrupted_registrations()
+        yield from self._interrupted_attachments()
         yield from self._orphan_artifacts()
         yield from self._damaged_artifacts()
         yield from self._model_versions()
@@ -101,8 +103,8 @@ class Fsck:
             entry = announced.get(version.id)
             if entry is not None and not journal.is_abandoned(entry):
                 continue
-            pending_still = version.state is VersionState.PENDING
-            if pending_still and self.store.contains(version.artifact_sha256) and not self._problems(version):
+            pending_still, sha256 = version.state is VersionState.PENDING, version.artifact_sha256
+            if pending_still and self.store.contains(sha256) and not self._problems(sha256):
                 how, mend = "complete it: its bytes are whole", self._complete
             else:
                 how, mend = "undo it: its bytes were never stored", self._undo
@@ -126,11 +128,28 @@ class Fsck:
     def _registration(self) -> Registration:
         return Registration(self.database, self.store, self.tracking)
 
+    # ---- attachments
+
+    def _interrupted_attachments(self) -> Iterator[_Fault]:
+        with self.database.reading() as session:
+            entries = journal.open_entries(session, attachments.KIND)
+            work = [(entry, session.get_one(Attachment, entry.payload["attachment_id"])) for entry in entries]
+        attaching = Attaching(self.database, self.store)
+        for entry, row in work:
+            if not journal.is_abandoned(entry):
+                continue
+            if self.store.contains(row.artifact_sha256) and not self._problems(row.artifact_sha256):
+                how, mend = "complete it: its bytes are whole", attaching.complete
+            else:
+                how, mend = "undo it: its bytes were never stored", attaching.undo
+            problem = "was interrupted while it was being attached"
+            yield _Fault(f"{row.version.address} {row.relation}", problem, how, partial(mend, row.id, entry.id))
+
     # ---- artifacts
 
     def _orphan_artifacts(self) -> Iterator[_Fault]:
         with self.database.reading() as session:
-            used = set(session.scalars(select(Version.artifact_sha256).where(Version.state != VersionState.FAILED)))
+            used = registration.used_artifacts(session)
             failed = set(session.scalars(select(Version.artifact_sha256).where(Version.state == VersionState.FAILED)))
         for sha256 in sorted(failed - used):
             if self.store.contains(sha256):
@@ -142,22 +161,25 @@ class Fsck:
             registration.delete_if_unused(session, self.store, sha256)
 
     def _damaged_artifacts(self) -> Iterator[_Fault]:
-        for version in self._visible():
-            if problems := self._problems(version):
+        needed = [(version.address, version.artifact_sha256) for version in self._visible()]
+        with self.database.reading() as session:
+            rows = session.scalars(select(Attachment).where(Attachment.ready).order_by(Attachment.id)).unique()
+            needed += [(f"{row.version.address} {row.relation}", row.artifact_sha256) for row in rows]
+        for subject, sha256 in needed:
+            if problems := self._problems(sha256):
                 mend, how = None, "give a copy of the store: regraft fsck --repair --from URL"
                 if self.source is not None:
-                    mend, how = partial(self._restore, version, self.source), f"restore it from {self.source.url}"
-                yield _Fault(version.address, "; ".join(problems), how, mend)
+                    mend, how = partial(self._restore, sha256, self.source), f"restore it from {self.source.url}"
+                yield _Fault(subject, "; ".join(problems), how, mend)
 
-    def _problems(self, version: Version) -> list[str]:
+    def _problems(self, sha256: str) -> list[str]:
         if self.deep:
-            return self.store.verify(version.artifact_sha256)
-        present = self.store.contains(version.artifact_sha256)
-        return [] if present else [f"artifact {version.artifact_sha256[:12]}… is not in {self.store.url}"]
+            return self.store.verify(sha256)
+        return [] if self.store.contains(sha256) else [f"artifact {sha256[:12]}… is not in {self.store.url}"]
 
-    def _restore(self, version: Version, source: ArtifactStore) -> None:
-        self.store.repair(version.artifact_sha256, source)
-        if problems := self.store.verify(version.artifact_sha256):
+    def _restore(self, sha256: str, source: ArtifactStore) -> None:
+        self.store.repair(sha256, source)
+        if problems := self.store.verify(sha256):
             raise NotFound("; ".join(problems))
 
     # ---- MLflow's model versions

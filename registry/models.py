@@ -207,6 +207,28 @@ class Version(Table):
         return f"{self.adapter.name}@{self.number}"
 
 
+class Attachment(Table):
+    """An artifact that belongs to a version beside its own; not there for anybody until it is `ready`."""
+
+    __tablename__ = "regraft_attachments"
+    __table_args__ = (
+        CheckConstraint("length(artifact_sha256) = 64", name="artifact_is_sha256"),
+        Index("ix_regraft_attachments_version_id", "version_id", "relation"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("regraft_versions.id"))
+    relation: Mapped[str] = mapped_column(String(63))
+    artifact_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    details: Mapped[dict[str, Any]]
+    ready: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = mapped_column(default=_now)
+
+    version: Mapped[Version] = relationship(lazy="joined")
+
+
 class LineageEdge(Table):
     """The child came from the parent by `relation`."""
 

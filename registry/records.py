@@ -5,7 +5,17 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
 from typing import Any
 
-from registry.models import Alias, BaseModel, Dataset, Decision, Evaluation, Promotion, Version, VersionState
+from registry.models import (
+    Alias,
+    Attachment,
+    BaseModel,
+    Dataset,
+    Decision,
+    Evaluation,
+    Promotion,
+    Version,
+    VersionState,
+)
 
 
 def as_json(value: object) -> Any:
@@ -133,6 +143,23 @@ class AdapterSummary:
     size_bytes: int
     aliases: dict[str, int]
     updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentRecord:
+    """An artifact that belongs to the version `address` beside its own, and what it is to it (`relation`)."""
+
+    address: str
+    relation: str
+    artifact_sha256: str
+    size_bytes: int
+    details: dict[str, Any]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: Attachment) -> "AttachmentRecord":
+        """Detach a row."""
+        return cls(row.version.address, row.relation, row.artifact_sha256, row.size_bytes, row.details, row.created_at)
 
 
 @dataclass(frozen=True, slots=True)

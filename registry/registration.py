@@ -26,7 +26,7 @@ from registry.adapter_directory import AdapterFiles
 from registry.artifacts import ArtifactStore
 from registry.content_store import manifest_of
 from registry.database import Database
-from registry.models import Adapter, BaseModel, Dataset, JournalState, Version, VersionState
+from registry.models import Adapter, Attachment, BaseModel, Dataset, JournalState, Version, VersionState
 from registry.records import BaseModelRecord, DatasetRecord, Parent, short
 from registry.tracking import Tracking, artifact_source
 
@@ -173,13 +173,18 @@ def version_tags(version: Version) -> dict[str, str]:
     }
 
 
-def delete_if_unused(session: Session, store: ArtifactStore, artifact_sha256: str) -> bool:
-    """Delete an artifact that no living version refers to; call it under the writers' lock.
+def used_artifacts(session: Session) -> set[str]:
+    """The artifacts of versions that have not failed, and those attached to versions."""
+    own = session.scalars(select(Version.artifact_sha256).where(Version.state != VersionState.FAILED))
+    return {*own, *session.scalars(select(Attachment.artifact_sha256))}
 
-    A registration announces its hash under the same lock before it stores, so none can come to rely on these bytes.
+
+def delete_if_unused(session: Session, store: ArtifactStore, artifact_sha256: str) -> bool:
+    """Delete an artifact that no living version or attachment refers to; call it under the writers' lock.
+
+    Whoever stores announces the hash under the same lock before, so none can come to rely on these bytes.
     """
-    users = select(func.count()).where(Version.artifact_sha256 == artifact_sha256, Version.state != VersionState.FAILED)
-    if session.scalar(users) or not store.contains(artifact_sha256):
+    if artifact_sha256 in used_artifacts(session) or not store.contains(artifact_sha256):
         return False
     with suppress(NotFound):
         store.delete(artifact_sha256)

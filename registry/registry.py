@@ -10,21 +10,23 @@ from sqlalchemy import select
 
 from infra.errors import CorruptArtifact
 from infra.settings import Settings, get_settings
-from registry import aliases, base_models, evaluations, interchange, lineage, local_copies, versions
+from registry import aliases, attachments, base_models, evaluations, interchange, lineage, local_copies, versions
 from registry.adapter_directory import inspect_adapter
 from registry.addresses import adapter_name, alias_name
 from registry.artifacts import ArtifactStore, open_artifact_store
+from registry.attachments import Attaching
 from registry.database import Database
 from registry.evaluations import Details
 from registry.fsck import Finding, Fsck
 from registry.gate import Gate
 from registry.lineage import LineageGraph
-from registry.models import BaseModel, Promotion, Version
+from registry.models import Attachment, BaseModel, Promotion, Version
 from registry.policy import Policy
 from registry.promotion import Verdict
 from registry.records import (
     AdapterSummary,
     AliasRecord,
+    AttachmentRecord,
     BaseModelRecord,
     DatasetRecord,
     EvaluationRecord,
@@ -245,6 +247,54 @@ class AdapterRegistry:
             version = versions.find(session, address)
             versions.retire(version)
             return VersionRecord.of(version)
+
+    # ---- attachments
+
+    def attach(
+        self, address: str, relation: str, directory: Path, details: Mapping[str, Any] | None = None
+    ) -> AttachmentRecord:
+        """Keep a directory of files as something that belongs to a version beside its own artifact.
+
+        Args:
+            address: the version.
+            relation: what it is to the version, as `migration_kit`; a later one of the same relation goes before it.
+            directory: copied into the artifact store, as it is.
+            details: what is worth knowing without opening it.
+
+        Raises:
+            Conflict: the version is pending or failed, or the directory changed meanwhile.
+            InvalidInput: the directory is empty, or holds a link or a special file.
+        """
+        row_id = Attaching(self.database, self.store).attach(address, relation, Path(directory), details or {})
+        with self.database.reading() as session:
+            return AttachmentRecord.of(session.get_one(Attachment, row_id))
+
+    def attachment(self, address: str, relation: str) -> AttachmentRecord | None:
+        """What was last attached to a version as `relation`, if anything was."""
+        with self.database.reading() as session:
+            row = attachments.newest(session, versions.find(session, address), relation)
+            return AttachmentRecord.of(row) if row else None
+
+    def attachments(self, address: str) -> list[AttachmentRecord]:
+        """All that was attached to a version, newest first."""
+        with self.database.reading() as session:
+            return [
+                AttachmentRecord.of(row) for row in attachments.of_version(session, versions.find(session, address))
+            ]
+
+    def materialise_attachment(self, attachment: AttachmentRecord) -> Path:
+        """A local directory with its files, every byte checked now. Shared and kept: do not write to it.
+
+        Raises:
+            CorruptArtifact: the stored bytes are not what was attached.
+        """
+        try:
+            return local_copies.materialise(self.store, attachment.artifact_sha256, self.settings.home / "adapters")
+        except CorruptArtifact as error:
+            raise CorruptArtifact(
+                f"The {attachment.relation} of {attachment.address} fails its checksum: {error.what}",
+                "Restore it with: regraft fsck --repair --from URL",
+            ) from error
 
     # ---- evaluations
 

@@ -1,0 +1,142 @@
+"""Rounds of written lists until there are enough inputs, whatever a discriminator says and however often it stops."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import InvalidInput, RegraftError
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+from training.migration import synthesis
+from training.migration.sampling import Sampled
+from training.migration.synthesis import Pool, SynthesisOptions, synthesise
+
+SEEDS = ["zebra apple", "yak quince", "wren lemon"]
+OPTIONS = SynthesisOptions(items=4, rows=3)
+WORDS = [f"{first}{second}{third}" for first in "bcdfglmn" for second in "aeiou" for third in ("mp", "rn", "ck", "sh")]
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In the place of a model: goes on with the list, two words an item, the last one cut off; remembers the lists."""
+    tokenizer, lists = tiny_tokenizer(), []
+
+    def write(model: Any, prompt: Any, rows: int, *, generator: torch.Generator, **rest: Any) -> list[Sampled]:
+        lists.append(tokenizer.decode(prompt))
+        rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+        written = []
+        for _ in range(rows):
+            items = [" ".join(rng.sample(WORDS, 2)) for _ in range(3)]
+            text = f" {items[0]}\n5. {items[1]}\n6. {items[2]}\n7. {items[0][:2]}"
+            written.append(Sampled(tuple(tokenizer(text)["input_ids"]), False))
+        return written
+
+    monkeypatch.setattr(synthesis, "sampled", write)
+    return lists
+
+
+def run(wanted: int = 20, *, margins: Any = None, seed: int = 0, kept_in: Path | None = None, **changes: Any) -> Pool:
+    options = OPTIONS.model_copy(update=changes)
+    return synthesise(
+        tiny_llama(), tiny_tokenizer(), "words", SEEDS, wanted, options, seed=seed, margins=margins, kept_in=kept_in
+    )
+
+
+def without(letter: str) -> Callable[[Sequence[str]], list[float]]:
+    return lambda texts: [-1.0 if letter in text else 1.0 for text in texts]
+
+
+def test_as_many_different_inputs_as_are_wanted(writer: list[str]) -> None:
+    told: list[tuple[int, int]] = []
+    pool = synthesise(
+        tiny_llama(), tiny_tokenizer(), "words", SEEDS, 40, OPTIONS, seed=0, on_progress=lambda *at: told.append(at)
+    )
+    assert len(set(pool.inputs)) == 40
+    assert not set(pool.inputs) & set(SEEDS)
+    assert pool.written == 9 * len(pool.rounds)
+    assert pool.dropped["unfinished"] == 3 * len(pool.rounds)
+    assert pool.acceptance == 1.0
+    assert told[0] == (0, 40) and told[-1] == (40, 40) and told == sorted(told)
+
+
+def test_every_round_shows_the_seeds_in_another_order(writer: list[str]) -> None:
+    run(40)
+    assert all(text.startswith("7 examples of words:\n\n1. ") and text.endswith("\n4.") for text in writer)
+    assert all(seed in text for text in writer for seed in SEEDS)
+    assert len(set(writer)) > 1
+
+
+def test_a_discriminator_that_refuses_a_letter_leaves_none_of_it(writer: list[str]) -> None:
+    pool = run(30, margins=without("m"))
+    assert len(pool.inputs) == 30
+    assert not any("m" in text for text in pool.inputs)
+    refused = [text for made in pool.rounds for text in made.refused]
+    assert refused and all("m" in text for text in refused)
+    kept = sum(len(made.kept) for made in pool.rounds)
+    assert pool.acceptance == kept / (kept + len(refused))
+
+
+def test_a_discriminator_that_refuses_everything_ends_it_with_the_numbers(writer: list[str]) -> None:
+    with pytest.raises(RegraftError) as refused:
+        run(10, margins=lambda texts: [-1.0] * len(texts), most_tries=4)
+    assert "0 were kept; 10 are wanted" in refused.value.what
+    assert "did not look real" in refused.value.what
+    assert len(writer) == 5  # 4 × 10 inputs, nine a round
+
+
+def test_a_model_that_finishes_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "sampled", lambda *_, **__: [Sampled((40, 41), False)])
+    with pytest.raises(RegraftError, match="Of 0 inputs that the model wrote"):
+        run(10)
+
+
+def test_a_seed_means_the_same_inputs(writer: list[str]) -> None:
+    assert run(seed=1) == run(seed=1)
+    assert run(seed=1).inputs != run(seed=2).inputs
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_a_synthesis_that_was_stopped_goes_on_to_the_same_inputs(
+    writer: list[str], tmp_path: Path, stopped_after: int
+) -> None:
+    whole = run(40, margins=without("m"))
+    rounds = 0
+
+    def dies(texts: Sequence[str]) -> list[float]:
+        nonlocal rounds
+        rounds += 1
+        if rounds > stopped_after:
+            raise KeyboardInterrupt
+        return without("m")(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(40, margins=dies, kept_in=tmp_path / "pool.jsonl")
+    assert len((tmp_path / "pool.jsonl").read_text().splitlines()) == stopped_after
+    del writer[:]
+    assert run(40, margins=without("m"), kept_in=tmp_path / "pool.jsonl") == whole
+    assert len(writer) == len(whole.rounds) - stopped_after
+    assert run(40, margins=dies, kept_in=tmp_path / "pool.jsonl") == whole, "nothing is left to do"
+
+
+def test_inputs_of_other_settings_are_not_gone_on_with(writer: list[str], tmp_path: Path) -> None:
+    run(kept_in=tmp_path / "pool.jsonl")
+    with pytest.raises(InvalidInput, match="written by other settings"):
+        run(kept_in=tmp_path / "pool.jsonl", temperature=0.5)
+
+
+def test_seeds_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="the model reads at most 256"):
+        synthesise(tiny_llama(), tiny_tokenizer(), "words", ["x" * 100] * 3, 5, OPTIONS, seed=0)
+    with pytest.raises(InvalidInput, match="Without a seed"):
+        synthesise(tiny_llama(), tiny_tokenizer(), "words", [], 5, OPTIONS, seed=0)
+
+
+def test_a_real_model_writes_and_is_left_as_it_was() -> None:
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pool = synthesise(model, tiny_tokenizer(), "words", ["ab", "cd"], 3, SynthesisOptions(items=2, rows=2), seed=0)
+    assert len(set(pool.inputs)) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,124 @@
+"""Sampled continuations of one prompt, many at a time; the prompt is read once."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.evaluation.prompt_cache import Ids, PromptCache, judging
+
+FIRST = 256  # most probable tokens that a nucleus is looked for in, before all are sorted
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One continuation: its tokens, less the one that ended it, and whether one did."""
+
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+def sampled(
+    model: nn.Module,
+    prompt: Ids,
+    rows: int,
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    generator: torch.Generator,
+    enough: Callable[[list[int]], bool] = lambda tokens: False,
+) -> list[Sampled]:
+    """`rows` continuations of `prompt`, by nucleus sampling (Holtzman et al., arXiv 1904.09751).
+
+    Args:
+        model: a causal language model, bare or adapted.
+        prompt: token ids.
+        rows: how many.
+        max_new_tokens: most tokens of one.
+        ends: tokens that end one.
+        temperature: that logits are divided by.
+        top_p: probability of the smallest set of most probable tokens that is drawn from.
+        generator: on the CPU, whatever the model is on.
+        enough: told a continuation's tokens after each; stops it, as if cut off.
+
+    Raises:
+        InvalidInput: a prompt that is empty, or with `max_new_tokens` too long for the model.
+    """
+    with judging(model):
+        cache = PromptCache(model, [prompt] * rows, max_new_tokens)
+        if not cache.usable:
+            return _uncached(model, prompt, rows, max_new_tokens, set(ends), temperature, top_p, generator, enough)
+        reading = cache.read([prompt] * rows)
+        written: list[list[int]] = [[] for _ in range(rows)]
+        ended = [False] * rows
+        active = list(range(rows))
+        for step in range(max_new_tokens):
+            tokens = nucleus(reading.logits, temperature, top_p, generator)
+            going = []
+            for place, token in enumerate(tokens.tolist()):
+                row = active[place]
+                if token in ends:
+                    ended[row] = True
+                    continue
+                written[row].append(token)
+                if not enough(written[row]):
+                    going.append(place)
+            if not going or step == max_new_tokens - 1:
+                break
+            if len(going) < len(active):
+                left = torch.tensor(going, device=tokens.device)
+                reading.select(left)
+                tokens, active = tokens[left], [active[place] for place in going]
+            reading.step(tokens[:, None])
+    return [Sampled(tuple(tokens), end) for tokens, end in zip(written, ended, strict=True)]
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """A token for each row of `logits` [B, V], drawn from its nucleus: [B].
+
+    The draw is made on the CPU, so that a seed means the same tokens on every device, up to rounding.
+    """
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    first, tokens = probabilities.topk(min(FIRST, probabilities.shape[-1]))
+    if bool((first.sum(dim=-1) < top_p).any()):
+        first, tokens = probabilities.sort(dim=-1, descending=True)
+    before = first.cumsum(dim=-1) - first
+    kept = first.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(kept.cpu(), 1, generator=generator).to(tokens.device)
+    return tokens.gather(-1, drawn)[:, 0]
+
+
+def _uncached(
+    model: Any,
+    prompt: Ids,
+    rows: int,
+    max_new_tokens: int,
+    ends: set[int],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+    enough: Callable[[list[int]], bool],
+) -> list[Sampled]:
+    """The whole text again at every step: slow, and right for a model of any kind."""
+    device = next(model.parameters()).device
+    written: list[list[int]] = [[] for _ in range(rows)]
+    ended, active = [False] * rows, list(range(rows))
+    for _ in range(max_new_tokens):
+        ids = torch.tensor([[*prompt, *written[row]] for row in active], device=device)
+        tokens = nucleus(model(input_ids=ids).logits[:, -1], temperature, top_p, generator)
+        going = []
+        for row, token in zip(active, tokens.tolist(), strict=True):
+            if token in ends:
+                ended[row] = True
+                continue
+            written[row].append(token)
+            if not enough(written[row]):
+                going.append(row)
+        active = going
+        if not active:
+            break
+    return [Sampled(tuple(tokens), end) for tokens, end in zip(written, ended, strict=True)]

@@ -1,0 +1,255 @@
+"""Synthetic inputs: lists that a model goes on with, screened, and filtered by a discriminator, until there are enough.
+
+Rounds follow each other; each shows the seeds in an order of its own and is drawn from a seed of its own, so that a
+stopped synthesis goes on to the same inputs. What a round brought is one line of a file.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from infra.errors import InvalidInput, RegraftError
+from training.evaluation.prompt_cache import plain_model
+from training.migration.listing import listing, parse
+from training.migration.sampling import sampled
+from training.migration.screening import Screen
+
+Margins = Callable[[Sequence[str]], Sequence[float]]
+
+SPARE = 1.5  # room for an item that is longer than the seeds
+
+
+class SynthesisOptions(BaseModel):
+    """How inputs are written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    items: int = Field(6, ge=1, description="How many inputs a list asks for beside the seeds.")
+    rows: int = Field(16, ge=1, description="Lists written at a time.")
+    temperature: float = Field(1.0, gt=0, description="Of the sampling.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
+    most_tries: int = Field(20, ge=1, description="Written inputs for each that is wanted, after which to give up.")
+
+
+@dataclass
+class Round:
+    """What one round brought.
+
+    Attributes:
+        number: from 0.
+        written: finished inputs.
+        unfinished: lists whose last input was cut off.
+        dropped: of the finished ones, by the screen's reason.
+        refused: of those that passed the screen, what the discriminator did not take for real.
+        kept: the rest, in the order in which they were written.
+    """
+
+    number: int
+    written: int = 0
+    unfinished: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The synthetic inputs, and how they came about.
+
+    Attributes:
+        inputs: as many as were wanted.
+        rounds: what each round brought; the last one may have brought more than was wanted.
+    """
+
+    inputs: tuple[str, ...]
+    rounds: tuple[Round, ...]
+
+    @property
+    def written(self) -> int:
+        """All finished inputs."""
+        return sum(made.written for made in self.rounds)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """What the screen dropped, by reason, and unfinished inputs."""
+        total: Counter[str] = Counter(unfinished=sum(made.unfinished for made in self.rounds))
+        for made in self.rounds:
+            total.update(made.dropped)
+        return +total
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of screened inputs that the discriminator took for real; None where there were none."""
+        kept = sum(len(made.kept) for made in self.rounds)
+        refused = sum(len(made.refused) for made in self.rounds)
+        return kept / (kept + refused) if kept + refused else None
+
+
+def synthesise(
+    model: nn.Module,
+    tokenizer: Any,
+    name: str,
+    seeds: Sequence[str],
+    wanted: int,
+    options: SynthesisOptions,
+    *,
+    seed: int,
+    longest: int | None = None,
+    margins: Margins | None = None,
+    kept_in: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Pool:
+    """Write `wanted` different inputs like the seeds.
+
+    Args:
+        model: writes them: the bare target of a migration, or the bare source to train a discriminator.
+        tokenizer: its own.
+        name: of the task, in words.
+        seeds: real inputs that are shown.
+        wanted: how many inputs.
+        options: how they are written.
+        seed: of everything drawn.
+        longest: characters of the longest real input.
+        margins: says of inputs how real they look, above zero where they do; None keeps all that pass the screen.
+        kept_in: a file, one round a line; a synthesis that was stopped goes on from it.
+        on_progress: told (kept, wanted).
+
+    Raises:
+        InvalidInput: no seeds, or seeds too long for the model's context.
+        RegraftError: after `most_tries` × `wanted` written inputs there are still too few.
+    """
+    if not seeds:
+        raise InvalidInput("Without a seed example there is nothing to write more of.", "Give at least one.")
+    screen = Screen(seeds, longest)
+    rounds = []
+    origin = _origin(name, seeds, options, seed, longest)
+    for made in _stored(kept_in, origin):
+        for text in (*made.kept, *made.refused):
+            screen.passes(text)
+        rounds.append(made)
+    while (kept := sum(len(made.kept) for made in rounds)) < wanted:
+        if on_progress:
+            on_progress(kept, wanted)
+        if sum(made.written for made in rounds) >= options.most_tries * wanted or _hopeless(rounds):
+            raise _too_few(Pool((), tuple(rounds)), kept, wanted)
+        made = _round(model, tokenizer, name, seeds, len(rounds), options, seed, screen, margins)
+        rounds.append(made)
+        if kept_in is not None:
+            _store(kept_in, origin, rounds)
+    if on_progress:
+        on_progress(wanted, wanted)
+    return Pool(tuple(text for made in rounds for text in made.kept)[:wanted], tuple(rounds))
+
+
+def _round(
+    model: nn.Module,
+    tokenizer: Any,
+    name: str,
+    seeds: Sequence[str],
+    number: int,
+    options: SynthesisOptions,
+    seed: int,
+    screen: Screen,
+    margins: Margins | None,
+) -> Round:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
+    text = listing(name, shown, options.items)
+    prompt = tokenizer(text)["input_ids"]
+    tokens = max(len(tokenizer(f" {each}\n", add_special_tokens=False)["input_ids"]) for each in seeds)
+    room = round(SPARE * options.items * (tokens + 3))  # an item, its number and its line
+    _check_room(model, len(prompt), room)
+    past = f"\n{len(seeds) + options.items + 1}."
+
+    def enough(written: list[int]) -> bool:
+        return past in tokenizer.decode(written[-len(past) - 2 :])
+
+    made = Round(number)
+    before = Counter(screen.dropped)
+    passed = []
+    for continuation in sampled(
+        model,
+        prompt,
+        options.rows,
+        max_new_tokens=room,
+        ends=_ends(model, tokenizer),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        generator=generator,
+        enough=enough,
+    ):
+        found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), seeds, continuation.ended)
+        items = found.items[: options.items]
+        made.written += len(items)
+        made.unfinished += bool(found.unfinished) and len(found.items) < options.items
+        passed += [item for item in items if screen.passes(item)]
+    made.dropped = dict(screen.dropped - before)
+    looks = margins(passed) if margins and passed else [1.0] * len(passed)
+    for item, margin in zip(passed, looks, strict=True):
+        (made.kept if margin > 0 else made.refused).append(item)
+    return made
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+    of_model = getattr(getattr(plain_model(model), "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return {end for end in ends if end is not None}
+
+
+def _check_room(model: nn.Module, prompt: int, room: int) -> None:
+    most = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and prompt + room > most:
+        raise InvalidInput(
+            f"The seeds take {prompt:,} tokens and what is to be written {room:,}; the model reads at most {most:,}.",
+            "Ask for fewer items a list, or give fewer or shorter seeds.",
+        )
+
+
+def _hopeless(rounds: Sequence[Round]) -> bool:
+    """Nothing finished at all in several rounds: more of them will not help."""
+    return len(rounds) >= 5 and not any(made.written for made in rounds)
+
+
+def _too_few(pool: Pool, kept: int, wanted: int) -> RegraftError:
+    told = [f"{count:,} {reason}" for reason, count in pool.dropped.most_common()]
+    refused = sum(len(made.refused) for made in pool.rounds)
+    told += [f"{refused:,} did not look real"] if refused else []
+    return RegraftError(
+        f"Of {pool.written:,} inputs that the model wrote, {kept:,} were kept; {wanted:,} are wanted "
+        f"({', '.join(told) or 'none was finished'}).",
+        "Ask for fewer, give more seeds, or allow more tries.",
+    )
+
+
+def _origin(name: str, seeds: Sequence[str], options: SynthesisOptions, seed: int, longest: int | None) -> str:
+    """Names what decides the inputs, beside the model and the discriminator."""
+    told = [name, *seeds, options.model_dump(), seed, longest]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _stored(path: Path | None, origin: str) -> Iterator[Round]:
+    """The rounds of a synthesis that was stopped."""
+    if path is None or not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        content = json.loads(line)
+        if content.pop("of") != origin:
+            raise InvalidInput(f"{path} holds inputs that were written by other settings.", f"rm {path}")
+        yield Round(**content)
+
+
+def _store(path: Path, origin: str, rounds: Sequence[Round]) -> None:
+    """Write all rounds anew, so that the file is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    lines = [json.dumps({"of": origin, **asdict(made)}) for made in rounds]
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
