@@ -15,6 +15,7 @@ from cli import (
     demo,
     evaluate,
     generate,
+    kit,
     lineage,
     methods,
     promote,
@@ -53,6 +54,7 @@ app.command("lineage", rich_help_panel=LIFE)(lineage.lineage)
 app.command("promote", rich_help_panel=LIFE)(promote.promote)
 app.command("rollback", rich_help_panel=LIFE)(promote.rollback)
 app.add_typer(base.app, name="base", rich_help_panel=LIFE)
+app.add_typer(kit.app, name="kit", rich_help_panel=LIFE)
 app.command("export", rich_help_panel=LIFE)(transfer.export)
 app.command("import", rich_help_panel=LIFE)(transfer.import_)
 app.command("fsck", rich_help_panel=LIFE)(database.fsck)

@@ -162,12 +162,8 @@ def _round(
 ) -> Round:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
-    text = listing(name, shown, options.items)
-    prompt = tokenizer(text)["input_ids"]
-    tokens = max(len(tokenizer(f" {each}\n", add_special_tokens=False)["input_ids"]) for each in seeds)
-    room = round(SPARE * options.items * (tokens + 3))  # an item, its number and its line
-    _check_room(model, len(prompt), room)
-    past = f"\n{len(seeds) + options.items + 1}."
+    prompt, shown, items, room = _fitting(model, tokenizer, name, shown, options.items)
+    past = f"\n{len(shown) + items + 1}."
 
     def enough(written: list[int]) -> bool:
         return past in tokenizer.decode(written[-len(past) - 2 :])
@@ -186,11 +182,10 @@ def _round(
         generator=generator,
         enough=enough,
     ):
-        found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), seeds, continuation.ended)
-        items = found.items[: options.items]
-        made.written += len(items)
-        made.unfinished += bool(found.unfinished) and len(found.items) < options.items
-        passed += [item for item in items if screen.passes(item)]
+        found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), shown, continuation.ended)
+        made.written += len(found.items[:items])
+        made.unfinished += bool(found.unfinished) and len(found.items) < items
+        passed += [item for item in found.items[:items] if screen.passes(item)]
     made.dropped = dict(screen.dropped - before)
     looks = margins(passed) if margins and passed else [1.0] * len(passed)
     for item, margin in zip(passed, looks, strict=True):
@@ -204,13 +199,25 @@ def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
     return {end for end in ends if end is not None}
 
 
-def _check_room(model: nn.Module, prompt: int, room: int) -> None:
-    most = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and prompt + room > most:
-        raise InvalidInput(
-            f"The seeds take {prompt:,} tokens and what is to be written {room:,}; the model reads at most {most:,}.",
-            "Ask for fewer items a list, or give fewer or shorter seeds.",
-        )
+def _fitting(
+    model: nn.Module, tokenizer: Any, name: str, seeds: Sequence[str], items: int
+) -> tuple[list[int], list[str], int, int]:
+    """A list's tokens, the seeds on it, the items that it asks for, and room for those in tokens.
+
+    Where the model's context is too small for all that was wished, it asks for fewer items, then shows fewer seeds.
+    """
+    most = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    item = max(len(tokenizer(f" {each}\n", add_special_tokens=False)["input_ids"]) for each in seeds) + 3  # its number
+    for number in range(len(seeds), 0, -1):
+        shown = list(seeds[:number])
+        prompt = tokenizer(listing(name, shown, items))["input_ids"]
+        fit = min(items, int((most - len(prompt)) / (SPARE * item)) if most < float("inf") else items)
+        if fit >= 1:
+            return tokenizer(listing(name, shown, fit))["input_ids"], shown, fit, round(SPARE * fit * item)
+    raise InvalidInput(
+        f"A seed and a new input take {len(prompt) + round(SPARE * item):,} tokens; the model reads at most {most:,}.",
+        "Give shorter seeds, or choose a model that reads more.",
+    )
 
 
 def _hopeless(rounds: Sequence[Round]) -> bool:

@@ -127,9 +127,25 @@ def test_inputs_of_other_settings_are_not_gone_on_with(writer: list[str], tmp_pa
         run(kept_in=tmp_path / "pool.jsonl", temperature=0.5)
 
 
-def test_seeds_that_leave_no_room_are_refused() -> None:
+def test_a_small_context_gets_fewer_items_then_fewer_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[str] = []
+
+    def write(model: Any, prompt: Any, rows: int, *, max_new_tokens: int, **rest: Any) -> list[Sampled]:
+        assert len(prompt) + max_new_tokens <= 256
+        lists.append(tiny_tokenizer().decode(prompt))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesis, "sampled", write)
+    for length in (10, 40, 80):
+        seeds = [letter * length for letter in "xyz"]
+        with pytest.raises(KeyboardInterrupt):
+            synthesise(tiny_llama(), tiny_tokenizer(), "words", seeds, 5, OPTIONS, seed=0)
+    assert [text.partition(" ")[0] for text in lists] == ["7", "4", "2"]  # three seeds and four, or one; one and one
     with pytest.raises(InvalidInput, match="the model reads at most 256"):
-        synthesise(tiny_llama(), tiny_tokenizer(), "words", ["x" * 100] * 3, 5, OPTIONS, seed=0)
+        synthesise(tiny_llama(), tiny_tokenizer(), "words", ["x" * 120], 5, OPTIONS, seed=0)
+
+
+def test_without_seeds_there_is_nothing_to_write() -> None:
     with pytest.raises(InvalidInput, match="Without a seed"):
         synthesise(tiny_llama(), tiny_tokenizer(), "words", [], 5, OPTIONS, seed=0)
 

@@ -1,0 +1,96 @@
+"""`regraft kit`: what a version's migration to another base model will need."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from cli.console import Json, console, facts, print_json, show, size
+
+app = typer.Typer(
+    help="Migration kits: what is kept of a version's data, so that it can move to another base model without them.",
+    no_args_is_help=True,
+)
+
+
+@app.command("build")
+def build(
+    address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS, trained here, its data still at hand.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Examples that are kept for ever.")] = 5,
+    redact: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="From text to text; what is kept goes through it.")
+    ] = None,
+    discriminator: Annotated[
+        bool, typer.Option(help="Train a small adapter that tells real inputs from written ones.")
+    ] = True,
+    inputs: Annotated[int, typer.Option(min=2, help="Most real, and most written, inputs that it is shown.")] = 250,
+    task: Annotated[str | None, typer.Option(help="The task's name in words. Default: the recipe's.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Although the version has a kit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose seed examples and train a discriminator, and keep both with the version.
+
+    Seeds are rows of the data, word for word: look at them (regraft kit show), or give --redact. The discriminator was
+    trained on the data and may tell something of them, as the adapter itself may.
+
+    Examples:
+      [bold]regraft kit build counting@3[/]
+      [bold]regraft kit build counting@3 --redact mycompany.privacy:scrub --seeds 10[/]
+    """
+    from cli.session import connect_flows, live_progress
+    from registry import AdapterRegistry
+
+    registry = AdapterRegistry()
+    registry.get(address)
+    connect_flows()
+    from flows.migration_kit import build_migration_kit, buildable
+    from training.migration.kit import KitOptions, redaction
+
+    buildable(registry.get(address), registry, again)
+    redaction(redact)
+    changes: dict[str, Any] = {} if discriminator else {"discriminator": None}
+    options = KitOptions(seeds=seeds, redact=redact, inputs=inputs, **changes)
+    with live_progress():
+        record = build_migration_kit(address, options, task, again)
+    if as_json:
+        print_json(record)
+        return
+    said = record.details
+    console.print(f"[bold green]✓[/] migration kit of [bold]{record.address}[/]  {size(record.size_bytes)}")
+    judged = "none" if said["discriminator"] is None else _accuracy(said["discriminator"], said["judged_on"])
+    facts((("seeds", str(said["seeds"])), ("of rows", f"{said['rows']:,}"), ("discriminator", judged)))
+
+
+@app.command("show")
+def show_(address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")], as_json: Json = False) -> None:
+    """What a version's kit holds; its seeds word for word."""
+    from flows.migration_kit import kit_of
+    from infra.errors import NotFound
+    from registry import AdapterRegistry
+
+    version = AdapterRegistry().get(address)
+    found = kit_of(version.address)
+    if found is None:
+        raise NotFound(f"{version.address} has no migration kit.", f"Build one: regraft kit build {version.address}")
+    record, kit, _ = found
+    if as_json:
+        print_json({"attachment": record, "kit": kit})
+        return
+    judged = kit.discriminator
+    facts(
+        (
+            ("kit of", f"[bold]{record.address}[/]  on {version.base.name}"),
+            ("kept", f"{record.created_at:%Y-%m-%d %H:%M} UTC, {size(record.size_bytes)}"),
+            ("task", escape(kit.task)),
+            ("rows there were", f"{kit.rows:,}"),
+            ("discriminator", "none" if judged is None else _accuracy(judged.balanced_accuracy, judged.samples)),
+            ("sha256", record.artifact_sha256),
+        )
+    )
+    console.print()
+    rows = [(escape(seed.prompt), escape(seed.completion)) for seed in kit.seeds]
+    show(("~seed", "~answer"), rows, "No seeds.")
+
+
+def _accuracy(balanced: float, samples: int) -> str:
+    return f"{balanced:.1%} balanced accuracy on {samples} held-out inputs of each kind (chance is 50 %)"

@@ -1,0 +1,255 @@
+"""A migration kit: what is kept of an adapter's private data, so that it can be moved to another base without them.
+
+    kit.json            a few seed examples, the task's name, how many rows there were, how long the longest ones were
+    discriminator/      an adapter of the source base that tells real inputs from written ones, where there is one
+
+Nothing else of the data is in it. The seeds are rows of the data, word for word unless they were redacted, and a
+discriminator, like the adapter itself, was trained on the data and can tell something of them.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.errors import CorruptArtifact, InvalidInput
+from infra.folders import require_free
+from training.adapter_files import attach_stored, write_adapter
+from training.base_models import LoadedBase
+from training.data.example import Example
+from training.migration.discriminator import Discriminator, DiscriminatorOptions, Judged, train_discriminator
+from training.migration.synthesis import SynthesisOptions, synthesise
+from training.progress import OnPreparing, TrainingEvent
+
+KIT_FILE = "kit.json"
+DISCRIMINATOR = "discriminator"
+FORMAT = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KitOptions(_Part):
+    """What goes into a kit."""
+
+    seeds: int = Field(5, ge=1, description="Examples that are kept for ever.")
+    redact: str | None = Field(
+        None, description="MODULE:FUNCTION from text to text, through which prompts and completions of seeds go."
+    )
+    discriminator: DiscriminatorOptions | None = Field(
+        DiscriminatorOptions(), description="How it is trained; null for a kit without one."
+    )
+    inputs: int = Field(250, ge=2, description="Most real and most written inputs that a discriminator is shown.")
+    synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the source base writes inputs.")
+
+
+class Seed(_Part):
+    """An example that is kept."""
+
+    prompt: str
+    completion: str
+
+
+class Kit(_Part):
+    """What `kit.json` says.
+
+    Attributes:
+        task: its name, in words.
+        instruction: what the adapter's base is told before every prompt.
+        rows: training examples that there were.
+        longest: characters of the longest input among them.
+        longest_answer: characters of the longest completion among them.
+        seeds: those that are kept.
+        base_reference: the source base.
+        base_identity: its content hash.
+        discriminator: how well it tells held-out inputs apart; None where there is none.
+    """
+
+    format: int = FORMAT
+    task: str
+    instruction: str
+    rows: int
+    longest: int
+    longest_answer: int
+    seeds: tuple[Seed, ...]
+    base_reference: str
+    base_identity: str
+    discriminator: Judged | None = None
+
+
+def build_kit(
+    directory: Path,
+    base: LoadedBase,
+    examples: Sequence[Example],
+    *,
+    task: str,
+    instruction: str,
+    options: KitOptions,
+    seed: int,
+    workdir: Path,
+    on_progress: OnPreparing | None = None,
+) -> Kit:
+    """Write the kit of an adapter that was trained on `examples`.
+
+    A build that was stopped goes on where it was, as long as `workdir` is there; what lies in it is private, so remove
+    it when the kit is done.
+
+    Args:
+        directory: new or empty; whole or not there when this returns.
+        base: the source base, bare; the discriminator is left on it.
+        examples: the private training data.
+        task: its name, in words.
+        instruction: what the adapter's base was told before every prompt.
+        options: what goes in.
+        seed: of the choice of seeds and of everything drawn and trained.
+        workdir: for what was written and for checkpoints.
+        on_progress: told (stage, done, total).
+
+    Raises:
+        InvalidInput: no examples, or too few for a discriminator; no such redaction.
+        RegraftError: the source base writes too few inputs to train a discriminator.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    require_free(directory)
+    if not examples:
+        raise InvalidInput("A kit needs the examples that the adapter was trained on.", "Are the data still there?")
+    redacted = redaction(options.redact)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [examples[place] for place in order[: options.seeds]]
+    kit = Kit(
+        task=task,
+        instruction=instruction,
+        rows=len(examples),
+        longest=max(len(example.prompt) for example in examples),
+        longest_answer=max(len(example.completion) for example in examples),
+        seeds=tuple(Seed(prompt=redacted(each.prompt), completion=redacted(each.completion)) for each in chosen),
+        base_reference=base.reference,
+        base_identity=base.identity.sha256,
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        if options.discriminator is not None:
+            judged = _discriminator(staging, base, examples, kit, options, seed, workdir, on_progress)
+            kit = kit.model_copy(update={"discriminator": judged})
+        content = json.dumps(kit.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        (staging / KIT_FILE).write_text(content + "\n", encoding="utf-8")
+        staging.chmod(0o755)
+        staging.replace(directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return kit
+
+
+def read_kit(directory: Path) -> Kit:
+    """What a kit says of itself.
+
+    Raises:
+        CorruptArtifact: a file is missing or cannot be read.
+        InvalidInput: it is of a format that this Regraft does not know.
+    """
+    path = directory / KIT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            raise InvalidInput(
+                f"{path} is of format {content['format']}; this Regraft reads {FORMAT}.", "Upgrade Regraft."
+            )
+        kit = Kit.model_validate(content)
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{directory} holds no {KIT_FILE}.", "Is it a migration kit?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        raise CorruptArtifact(f"{path} cannot be read ({error}).", "Build the kit again: regraft kit build") from None
+    if kit.discriminator is not None and not (directory / DISCRIMINATOR).is_dir():
+        raise CorruptArtifact(f"{directory} holds no {DISCRIMINATOR}.", "Build the kit again: regraft kit build")
+    return kit
+
+
+def load_discriminator(directory: Path, kit: Kit, base: LoadedBase) -> Discriminator:
+    """Put the kit's discriminator on the source base.
+
+    Raises:
+        BaseModelMismatch: `base` is another one.
+        CorruptArtifact: its files are not what was written.
+    """
+    adapted = attach_stored(
+        base.model, directory / DISCRIMINATOR, base_identity=base.identity.sha256, name=DISCRIMINATOR
+    )
+    return Discriminator(adapted.model, base.tokenizer, kit.task)
+
+
+def redaction(hook: str | None) -> Callable[[str], str]:
+    """The function that MODULE:FUNCTION names; none given: text as it is.
+
+    Raises:
+        InvalidInput: there is no such function.
+    """
+    if hook is None:
+        return str
+    module, _, name = hook.partition(":")
+    try:
+        found: Callable[[str], str] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidInput(f"redact: '{hook}' cannot be found ({error}).", "Write MODULE:FUNCTION.") from None
+    if not callable(found):
+        raise InvalidInput(f"redact: '{hook}' is no function.", "Write MODULE:FUNCTION.")
+    return found
+
+
+def _discriminator(
+    staging: Path,
+    base: LoadedBase,
+    examples: Sequence[Example],
+    kit: Kit,
+    options: KitOptions,
+    seed: int,
+    workdir: Path,
+    on_progress: OnPreparing | None,
+) -> Judged:
+    assert options.discriminator is not None
+    tell: OnPreparing = on_progress or (lambda stage, done, total: None)
+    real = list(dict.fromkeys(example.prompt for example in examples))
+    pool = synthesise(
+        base.model,
+        base.tokenizer,
+        kit.task,
+        [each.prompt for each in kit.seeds],
+        min(options.inputs, len(real)),
+        options.synthesis,
+        seed=seed,
+        longest=kit.longest,
+        kept_in=workdir / "written.jsonl",
+        on_progress=lambda done, total: tell("inputs that the base writes", done, total),
+    )
+
+    def on_event(event: TrainingEvent) -> None:
+        tell("training the discriminator", event.step, event.total_steps)
+
+    adapted, judged = train_discriminator(
+        base.model,
+        base.tokenizer,
+        kit.task,
+        real,
+        pool.inputs,
+        options.discriminator,
+        seed=seed,
+        workdir=workdir / DISCRIMINATOR,
+        on_event=on_event,
+    )
+    write_adapter(
+        staging / DISCRIMINATOR,
+        adapted,
+        method_name=options.discriminator.method.name,
+        base_identity=kit.base_identity,
+        base_reference=kit.base_reference,
+        recipe={"discriminator": options.discriminator.model_dump(mode="json", exclude_none=True), "seed": seed},
+        metrics={"balanced_accuracy": judged.balanced_accuracy},
+    )
+    return judged
