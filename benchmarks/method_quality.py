@@ -82,6 +82,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 32, "interval": 50},
     "natural-galore": {"rank": 32, "interval": 50},
     "loldu": {"alpha": 8.0},
+    "compacter": {"reduction": 16},  # what divides the width of SmolLM2
+    "vb-lora": {"vectors": 256, "vector_length": 64},
 }
 # The same for a model of width 64, where some of that does not fit.
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -333,6 +335,7 @@ def run_all(jobs: Iterable[Job], kept: Kept, directory: Path, workers: int, alon
                 kept.add(job, future.result())
             except Exception as error:
                 if not diverged(error):
+                    pool.shutdown(cancel_futures=True)
                     raise
                 kept.add(job, Result(0, [], float("inf"), [], 0.0, 0))
             got = kept[job]
