@@ -73,11 +73,19 @@ def deprecate(
     Example: [bold]regraft base deprecate smollm2-135m --successor gemma3-270m[/]
     """
     from registry import AdapterRegistry
+    from registry.attachments import MIGRATION_KIT
 
-    stranded = AdapterRegistry().deprecate_base_model(name, successor)
+    registry = AdapterRegistry()
+    stranded = registry.deprecate_base_model(name, successor)
     if as_json:
         print_json(stranded)
         return
+    kits = {v.address for v in stranded if registry.attachment(v.address, MIGRATION_KIT)}
     console.print(f"[bold]{name}[/] is deprecated." + (f" Successor: {successor}." if successor else ""))
-    rows = [(v.address, v.method, ", ".join(v.aliases) or "–", ago(v.created_at)) for v in stranded]
-    show(("stranded version", "method", "~aliases", "made"), rows, "No adapter was trained on it.")
+    rows = [
+        (v.address, v.method, ", ".join(v.aliases) or "–", "yes" if v.address in kits else "–", ago(v.created_at))
+        for v in stranded
+    ]
+    show(("stranded version", "method", "~aliases", "kit", "made"), rows, "No adapter was trained on it.")
+    if stranded:
+        console.print(f"[dim]next: regraft migrate {stranded[0].address} --to {successor or 'BASE'}[/]")

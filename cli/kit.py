@@ -38,16 +38,14 @@ def build(
       [bold]regraft kit build counting@3 --redact mycompany.privacy:scrub --seeds 10[/]
     """
     from cli.session import connect_flows, live_progress
-    from registry import AdapterRegistry
-
-    registry = AdapterRegistry()
-    registry.get(address)
-    connect_flows()
     from flows.migration_kit import build_migration_kit, buildable
+    from registry import AdapterRegistry
     from training.migration.kit import KitOptions, redaction
 
+    registry = AdapterRegistry()
     buildable(registry.get(address), registry, again)
     redaction(redact)
+    connect_flows()  # what needs no server has come first
     changes: dict[str, Any] = {} if discriminator else {"discriminator": None}
     options = KitOptions(seeds=seeds, redact=redact, inputs=inputs, **changes)
     with live_progress():

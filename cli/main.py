@@ -18,6 +18,7 @@ from cli import (
     kit,
     lineage,
     methods,
+    migrate,
     promote,
     schedule,
     services,
@@ -52,6 +53,7 @@ app.add_typer(tasks.app, name="tasks", rich_help_panel=WORK)
 app.add_typer(adapters.app, name="adapters", rich_help_panel=LIFE)
 app.command("lineage", rich_help_panel=LIFE)(lineage.lineage)
 app.command("promote", rich_help_panel=LIFE)(promote.promote)
+app.command("migrate", rich_help_panel=LIFE)(migrate.migrate)
 app.command("rollback", rich_help_panel=LIFE)(promote.rollback)
 app.add_typer(base.app, name="base", rich_help_panel=LIFE)
 app.add_typer(kit.app, name="kit", rich_help_panel=LIFE)

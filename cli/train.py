@@ -32,13 +32,13 @@ def train(
     """
     from training.recipe import load_recipe
 
-    overrides = _overrides(set_ or [])
+    changes = overrides(set_ or [])
     if "@" in recipe.name and not recipe.exists():
         from flows.train_adapter import stored_recipe
 
-        chosen = stored_recipe(str(recipe), overrides)
+        chosen = stored_recipe(str(recipe), changes)
     else:
-        chosen = load_recipe(recipe, overrides)
+        chosen = load_recipe(recipe, changes)
 
     from cli.session import connect_flows, live_progress
     from registry.addresses import adapter_name
@@ -75,18 +75,19 @@ def tell_results(results: "list[SuiteResult]") -> None:
         show(("~suite", "metric", ">value", ">samples"), rows, "")
 
 
-def _overrides(pairs: list[str]) -> dict[str, Any]:
+def overrides(pairs: list[str]) -> dict[str, Any]:
+    """What `--set KEY=VALUE` sets, by dotted key; values are YAML."""
     import yaml
 
     from infra.errors import InvalidInput
 
-    overrides = {}
+    found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise InvalidInput(f"--set {pair}: a key, '=' and a value are wanted.", "E.g. --set training.steps=10")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
+            found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise InvalidInput(f"--set {pair}: the value is not valid YAML.") from None
-    return overrides
+    return found

@@ -86,7 +86,7 @@ def evaluate_base(base: str, suites: tuple[Suite, ...]) -> list[SuiteResult]:
     results = []
     for suite in suites:
         drawn = prepare(suite, None, is_masked_lm(loaded.model))
-        found = _run(f"{record.name}: {drawn.title}", loaded.model, loaded.tokenizer, drawn)
+        found = run_suite(f"{record.name}: {drawn.title}", loaded.model, loaded.tokenizer, drawn)
         results.append(_result(record.name, drawn.title, found))
     _report(record.name, results)
     return results
@@ -129,7 +129,7 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
     for suite, found in run_harness(model, tokenizer, tasks, limit=limit).items():
         results.append(_result(name, suite, found))
         if adapter is not None:
-            _record(registry, name, suite, found)
+            record_result(registry, name, suite, found)
     _report(name, results)
     return results
 
@@ -157,12 +157,13 @@ def _measure_and_record(adapter: LoadedAdapter, suite: Prepared) -> SuiteResult:
 
 def _measure_and_record_now(adapter: LoadedAdapter, suite: Prepared) -> EvaluationResult:
     address = adapter.version.address
-    found = _run(f"{address}: {suite.title}", adapter.model, adapter.tokenizer, suite)
-    _record(AdapterRegistry(), address, suite.title, found)
+    found = run_suite(f"{address}: {suite.title}", adapter.model, adapter.tokenizer, suite)
+    record_result(AdapterRegistry(), address, suite.title, found)
     return found
 
 
-def _run(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> EvaluationResult:
+def run_suite(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> EvaluationResult:
+    """Measure a suite that is drawn already; `stage_name` is what its progress is called."""
     stage = Stage(stage_name)
     with gpu_slot(next(model.parameters()).device):
         return measure(
@@ -177,7 +178,8 @@ def _run(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> Evalua
         )
 
 
-def _record(registry: AdapterRegistry, address: str, suite: str, found: EvaluationResult) -> None:
+def record_result(registry: AdapterRegistry, address: str, suite: str, found: EvaluationResult) -> None:
+    """Keep a result with the version that it was measured of."""
     registry.record_evaluation(
         address,
         suite=suite,

@@ -16,6 +16,7 @@ from flows.select_data import select_data
 from infra.errors import Conflict, InvalidInput
 from infra.settings import get_settings
 from registry import AdapterRegistry
+from registry.attachments import MIGRATION_KIT
 from registry.records import AttachmentRecord, VersionRecord
 from serving.loading import recipe_of
 from training.base_models import load_base
@@ -24,8 +25,6 @@ from training.device import base_dtype, best_device
 from training.migration.kit import Kit, KitOptions, build_kit, read_kit
 from training.objectives.of_model import is_masked_lm
 from training.recipe import Recipe
-
-RELATION = "migration_kit"
 
 
 @flow(name="build-migration-kit", flow_run_name="kit of {address}", on_failure=[cancel_if_interrupted])
@@ -83,7 +82,7 @@ def build_migration_kit(
             workdir=workdir / "work",
             on_progress=on_progress,
         )
-        record = registry.attach(version.address, RELATION, Path(scratch) / "kit", details(kit))
+        record = registry.attach(version.address, MIGRATION_KIT, Path(scratch) / "kit", details(kit))
         shutil.rmtree(workdir / "work", ignore_errors=True)  # inputs and checkpoints made from private data
     report_table(
         version.adapter, "migration kit", [{"what": key, "is": value} for key, value in record.details.items()]
@@ -98,7 +97,7 @@ def kit_of(address: str) -> tuple[AttachmentRecord, Kit, Path] | None:
         CorruptArtifact: its bytes are not what was kept.
     """
     registry = AdapterRegistry()
-    record = registry.attachment(address, RELATION)
+    record = registry.attachment(address, MIGRATION_KIT)
     if record is None:
         return None
     directory = registry.materialise_attachment(record)
@@ -118,7 +117,7 @@ def buildable(version: VersionRecord, registry: AdapterRegistry, again: bool) ->
             f"{version.address} was imported; what data it was trained on is not known here.",
             "Build the kit where it was trained.",
         )
-    if not again and (kept := registry.attachment(version.address, RELATION)):
+    if not again and (kept := registry.attachment(version.address, MIGRATION_KIT)):
         raise Conflict(
             f"{version.address} has a migration kit, of {kept.created_at:%Y-%m-%d %H:%M} UTC.",
             f"Look at it: regraft kit show {version.address}; build another one with --again.",

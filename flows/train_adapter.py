@@ -74,9 +74,14 @@ def train_adapter(
         only_if_data_changed: do nothing where the selected data are those of the adapter's newest version.
 
     Raises:
-        InvalidInput: the adapter cannot be called that.
+        InvalidInput: the adapter cannot be called that, or the recipe is of a version that was migrated.
     """
     adapter_name(recipe.adapter)  # now, not when hours of training are to be registered
+    if recipe.migrated_from is not None:
+        raise InvalidInput(
+            f"This recipe tells how {recipe.migrated_from} was migrated to {recipe.base}: on synthetic inputs.",
+            f"regraft migrate {recipe.migrated_from} --to {recipe.base}",
+        )
     report_recipe(recipe)
     data = select_data(recipe)
     newest = _newest(recipe.adapter)

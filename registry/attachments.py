@@ -22,6 +22,7 @@ from registry.models import Attachment, JournalState, Version
 from registry.registration import delete_if_unused
 
 KIND = "attach"
+MIGRATION_KIT = "migration_kit"
 
 
 @dataclass(frozen=True, slots=True)

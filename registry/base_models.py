@@ -118,7 +118,7 @@ def mismatch(session: Session, version: VersionRecord, identity_sha256: str) -> 
     )
     return BaseModelMismatch(
         f"{version.address} was trained on {version.base}; you asked for {other}.",
-        f"Use it on {version.base.name}, or train a version of {version.adapter} on {asked or 'the other'}.",
+        f"Use it on {version.base.name}, or migrate it: regraft migrate {version.address} --to {asked or 'BASE'}",
     )
 
 

@@ -169,6 +169,13 @@ def save_tiny_llama(directory: Path, seed: int = 0, layers: int = 2) -> Path:
     return directory
 
 
+def save_tiny_gemma(directory: Path, seed: int = 0) -> Path:
+    """Write a tiny Gemma 3 and its tokenizer as a base model; returns `directory`."""
+    tiny_gemma3(seed=seed).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def save_tiny_masked(directory: Path, seed: int = 0) -> Path:
     """Write a tiny BERT that fills masked tokens in, and its tokenizer, as a base model; returns `directory`."""
     tokenizer = tiny_tokenizer()

@@ -87,6 +87,9 @@ class Recipe(_Section):
     training: TrainingOptions = TrainingOptions()
     evaluation: tuple[Suite, ...] = Field((), description="Suites; none given: the test split of the recipe's data.")
     seed: int = Field(0, ge=0, lt=2**32)
+    migrated_from: str | None = Field(
+        None, description="Set by a migration: the version whose answers to synthetic inputs were trained on."
+    )
 
     @field_validator("method", mode="before")
     @classmethod

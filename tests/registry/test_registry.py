@@ -414,7 +414,7 @@ def test_attaching_to_another_base_names_both_and_the_way_out(registry: AdapterR
         registry.require_base(version, OTHER_BASE)
     assert "tiny-a (identity aaaa…aa)" in refused.value.what
     assert "tiny-b (identity bbbb…bb)" in refused.value.what
-    assert refused.value.remedy == "Use it on tiny-a, or train a version of counting on tiny-b."
+    assert refused.value.remedy == "Use it on tiny-a, or migrate it: regraft migrate counting@1 --to tiny-b"
 
 
 # ---- evaluations

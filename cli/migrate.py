@@ -1,0 +1,111 @@
+"""`regraft migrate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from cli.console import Json, console, facts, measured, print_json, show
+
+if TYPE_CHECKING:
+    from flows.migrate_adapter import Migration
+    from training.data.example import Example
+
+
+def migrate(
+    address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")],
+    to: Annotated[str, typer.Option("--to", metavar="BASE", help="The new base: a registered name or a reference.")],
+    inputs: Annotated[
+        int | None, typer.Option(min=1, help="Synthetic inputs. Default: as many as there were rows, at most 250.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Of the new adapter. Default: the old one's.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="E.g. training.steps=250, method.rank=4."),
+    ] = None,
+    seeds: Annotated[
+        Path | None, typer.Option(help="Examples (JSONL, CSV) instead of a kit: weaker, nothing filters then.")
+    ] = None,
+    filtered: Annotated[bool, typer.Option("--filter/--no-filter", help="Use the kit's discriminator.")] = True,
+    task: Annotated[list[str] | None, typer.Option(help="Built-in task(s) to measure on, not the recipe's.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure old adapter, bare target and new adapter.")] = True,
+    name: Annotated[str | None, typer.Option("--as", help="The adapter that it joins. Default: its own.")] = None,
+    promote: Annotated[
+        str | None, typer.Option(metavar="ALIAS", help="Move this alias, if the new version passes and policy allows.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Move a version to another base model without the data it was trained on.
+
+    The new base writes inputs like the kit's seeds, the kit's discriminator keeps those that look real, the old adapter
+    answers them, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same command
+    goes on from there. Exit code 7: the new version is worse than the old one or the bare base; nothing is promoted.
+
+    Examples:
+      [bold]regraft migrate counting@3 --to gemma-3-270m[/]
+      [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
+    """
+    from cli.session import connect_flows, live_progress
+    from cli.train import overrides
+    from flows.migrate_adapter import migrate_adapter, plan_migration
+    from flows.suites import suites_for
+    from registry import AdapterRegistry
+    from training.migration.options import options_from
+
+    version = AdapterRegistry().get(address)
+    options = options_from(version.recipe, inputs, method, filtered, overrides(set_ or []))
+    shown, suites = _seeds(seeds), suites_for(task, 0, None)
+    plan_migration(version.address, to, options, shown, suites, evaluate, name, promote)
+    connect_flows()  # what needs no server has come first
+    with live_progress():
+        migration = migrate_adapter(version.address, to, options, shown, suites, evaluate, name, promote)
+    if as_json:
+        print_json(migration)
+    else:
+        _tell(migration)
+    if migration.passed is False:
+        raise typer.Exit(7)
+
+
+def _tell(migration: "Migration") -> None:
+    console.print(
+        f"[bold green]✓[/] [bold]{migration.address}[/]  {migration.method} on {migration.base}, "
+        f"regrafted from [bold]{migration.source}[/] in {migration.seconds:.0f} s"
+    )
+    dropped = ", ".join(f"{count} {reason}" for reason, count in migration.dropped.items() if count)
+    kept = "no discriminator" if migration.acceptance is None else f"{migration.acceptance:.0%} looked real"
+    facts(
+        (
+            ("synthetic inputs", f"{migration.inputs} of {migration.written} written; {kept}"),
+            ("dropped", escape(dropped or "none")),
+        )
+    )
+    if migration.compared:
+        console.print()
+        rows = [
+            (
+                "[green]✓[/]" if c.passed else "[red]✗[/]",
+                c.suite,
+                *(measured(c.metric, *values) for values in (c.teacher, c.bare, c.student)),
+                str(c.samples),
+            )
+            for c in migration.compared
+        ]
+        show(("", "~suite", ">old adapter", ">bare target", ">new adapter", ">samples"), rows, "")
+    if migration.passed is False:
+        console.print("[bold red]not as good[/] as the better of old adapter and bare target; registered all the same.")
+    if migration.promotion is not None:
+        from cli.promote import tell_verdict
+
+        tell_verdict(migration.promotion)
+    elif migration.passed:
+        console.print(f"[dim]next: regraft promote {migration.address} --to production[/]")
+
+
+def _seeds(path: Path | None) -> "tuple[Example, ...]":
+    if path is None:
+        return ()
+    from training.data.sources import DataSource, read_examples
+
+    return tuple(read_examples(DataSource(file=path)))

@@ -1,0 +1,171 @@
+"""`regraft migrate`: a version moves to another architecture, with a record of how, and refusals before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import Interrupted
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from tests.cli.conftest import WriteRecipe, run_here
+from tests.cli.test_kit import ROWS
+from tests.cli.test_lifecycle import clean
+from tests.tiny_models import save_tiny_gemma, save_tiny_llama, save_tiny_masked
+from training.migration.labelling import label
+
+pytestmark = pytest.mark.services
+
+SHORT = ("--inputs", "10", "--set", "synthesis.items=2", "--set", "training.steps=100", "--json")
+
+LEARNT = {"steps": 150, "batch_size": 8, "learning_rate": 0.01}  # to say yes or no, whatever is asked
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private")
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[:40]))
+    (folder / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[40:]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory, data: Path) -> str:
+    """A version with a kit, on a Llama."""
+    get_settings.cache_clear()
+    bases = tmp_path_factory.mktemp("bases")
+    for name, reference in (("old", save_tiny_llama(bases / "old", seed=81)), ("new", save_tiny_gemma(bases / "new"))):
+        clean(run_here("base", "add", f"path:{reference}", "--name", f"migrate-{name}"))
+    held_out = {"file": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "fractions": {"validation": 0.1}}
+    recipe = write_recipe("evens", base="migrate-old", data=held_out, training=LEARNT)
+    address: str = json.loads(clean(run_here("train", str(recipe), "--json", "--no-evaluate")))["address"]
+    clean(run_here("kit", "build", address, "--inputs", "12"))
+    return address
+
+
+@pytest.fixture(scope="module")
+def migrated(source: str, data: Path) -> dict[str, Any]:
+    """What `regraft migrate --json` printed, while the training rows were not there."""
+    hidden = data / "train.jsonl"
+    rows = hidden.read_text()
+    hidden.unlink()
+    try:
+        result = run_here("migrate", source, "--to", "migrate-new", "--no-filter", *SHORT)
+    finally:
+        hidden.write_text(rows)
+    assert result.code in (0, 7), result.err
+    found: dict[str, Any] = json.loads(result.out)
+    return found
+
+
+def test_the_new_version_stands_on_the_new_base_and_says_where_it_came_from(
+    migrated: dict[str, Any], source: str
+) -> None:
+    registry = AdapterRegistry()
+    version = registry.get(migrated["address"])
+    assert (version.adapter, version.base.name, version.method) == ("evens", "migrate-new", "lora")
+    (edge,) = [edge for edge in registry.lineage(version.address).edges if edge.child == version.address]
+    assert (edge.parent, edge.relation) == (source, "migrated_from")
+    assert edge.details["inputs"] == migrated["inputs"] <= 10
+    assert edge.details["synthetic_fingerprint"] == version.dataset.fingerprint
+    assert version.dataset.name == f"synthetic for {source}"
+    assert version.recipe["migrated_from"] == source
+    (suite,) = migrated["compared"]
+    assert suite["samples"] == 20
+    assert migrated["passed"] is suite["passed"]
+    assert {e.suite for e in registry.evaluations(version.address)} == {suite["suite"]}
+    assert {e.suite for e in registry.evaluations(source)} == {suite["suite"]}
+    assert registry.fsck() == []
+    assert not list(get_settings().runs.glob("migrate-evens-*/work"))
+
+
+def test_the_kit_travels_with_it_and_the_chain_goes_on(migrated: dict[str, Any], source: str) -> None:
+    registry = AdapterRegistry()
+    kits = [registry.attachment(address, "migration_kit") for address in (source, migrated["address"])]
+    assert kits[0] and kits[1] and kits[0].artifact_sha256 == kits[1].artifact_sha256
+    result = run_here(
+        "migrate", migrated["address"], "--to", "migrate-old", "--method", "dora", "--no-evaluate", *SHORT
+    )
+    back = json.loads(clean(result))
+    assert back["passed"] is None and back["compared"] == []
+    assert registry.get(back["address"]).method == "dora"
+    told = clean(run_here("lineage", back["address"]))
+    assert source in told and migrated["address"] in told
+
+
+def test_no_training_row_but_the_seeds_is_in_what_it_left(migrated: dict[str, Any], source: str) -> None:
+    registry = AdapterRegistry()
+    kit = registry.attachment(source, "migration_kit")
+    assert kit is not None
+    folders = [registry.materialise_attachment(kit), registry.materialise(migrated["address"])]
+    seeds = {seed["prompt"] for seed in json.loads((folders[0] / "kit.json").read_text())["seeds"]}
+    private = [row["prompt"].encode() for row in ROWS[:40] if row["prompt"] not in seeds]
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        assert not any(row in path.read_bytes() for row in private), path
+
+
+def test_a_migrated_version_is_not_trained_again_as_if_on_data(migrated: dict[str, Any], source: str) -> None:
+    refused = run_here("train", migrated["address"])
+    assert refused.code == 2
+    assert f"regraft migrate {source} --to migrate-new" in refused.err
+
+
+def test_seeds_from_a_file_serve_where_there_is_no_kit(source: str, data: Path, write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe("kitless", base="migrate-old", data={"file": str(data / "train.jsonl")}, training=LEARNT)
+    address = json.loads(clean(run_here("train", str(recipe), "--json", "--no-evaluate")))["address"]
+    refused = run_here("migrate", address, "--to", "migrate-new")
+    assert refused.code == 2 and "has no migration kit" in refused.err and "--seeds" in refused.err
+    unmeasured = run_here("migrate", address, "--to", "migrate-new", "--seeds", str(data / "test.jsonl"))
+    assert unmeasured.code == 2 and "held out of its training examples" in unmeasured.err
+    few = data / "few.jsonl"
+    few.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[40:43]))
+    moved = run_here("migrate", address, "--to", "migrate-new", "--seeds", str(few), "--no-evaluate", *SHORT)
+    assert json.loads(clean(moved))["acceptance"] is None
+
+
+def test_a_migration_that_was_stopped_goes_on(
+    source: str, migrated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("Stopped.", "Run it again.")
+
+    options = ("--to", "migrate-new", "--set", "seed=5", "--no-evaluate", *SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.migrate_adapter.label", stopped)
+        assert run_here("migrate", source, *options).code == 130
+    (kept,) = get_settings().runs.glob("migrate-evens-*/work/inputs.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("training.migration.synthesis.sampled", stopped)  # everything is written already
+        patched.setattr("flows.migrate_adapter.train_recipe", stopped)
+        assert run_here("migrate", source, *options).code == 130
+    assert (kept.parent / "answers.jsonl").is_file()
+    monkeypatch.setattr("flows.migrate_adapter.label", label_nothing_new)
+    before = {version.address for version in AdapterRegistry().versions("evens")}
+    moved = json.loads(clean(run_here("migrate", source, *options)))
+    assert moved["address"] not in before and not kept.exists()
+
+
+def label_nothing_new(*arguments: Any, **options: Any) -> Any:
+    """As `label`, of inputs whose answers are all there."""
+    return label(None, *arguments[1:], **options)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_migrated_is_refused_before_any_work(source: str, tmp_path: Path) -> None:
+    masked = save_tiny_masked(tmp_path / "masked")
+    for arguments, code, told in (
+        (("nobody@1", "--to", "migrate-new"), 3, "There is no adapter"),
+        ((source, "--to", "nowhere"), 3, "There is no base model"),
+        ((source, "--to", "migrate-old"), 2, "stands on migrate-old already"),
+        ((source, "--to", "migrate-new", "--method", "lorra"), 3, "Did you mean 'lora'?"),
+        ((source, "--to", "migrate-new", "--set", "inptus=3"), 2, "inptus is not an option"),
+        ((source, "--to", "migrate-new", "--set", "training.stesp=3"), 2, "training.stesp is not an option"),
+        ((source, "--to", "migrate-new", "--set", "method.rnak=3"), 2, "rnak is not an option"),
+        ((source, "--to", "migrate-new", "--promote", "v3"), 2, "v3"),
+        ((source, "--to", f"path:{masked}", "--no-evaluate"), 2, "writes no text"),
+    ):
+        result = run_here("migrate", *arguments)
+        assert (result.code, told in result.err) == (code, True), (arguments, result.err)
+    assert not [
+        edge for edge in AdapterRegistry().lineage(source).edges if edge.parent == source and "masked" in edge.child
+    ]

@@ -1,0 +1,61 @@
+"""What a migration can be told."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.documents import parse
+from training.migration.synthesis import SynthesisOptions
+from training.recipe import MethodChoice, TrainingOptions
+
+
+class MigrationOptions(BaseModel):
+    """How an adapter is moved to another base model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: int | None = Field(
+        None, ge=1, description="Synthetic inputs. Default: as many as there were rows, at most 250 (the paper's N)."
+    )
+    method: MethodChoice | None = Field(None, description="Of the new adapter. Default: the old one's, as it was made.")
+    training: TrainingOptions | None = Field(None, description="Of the new adapter. Default: as the old one's recipe.")
+    filtered: bool = Field(True, description="Keep only what the kit's discriminator takes for real, if it has one.")
+    synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the target base writes inputs.")
+    allowed_loss: float = Field(
+        0.02, ge=0, le=1, description="Accuracy that may be lacking to the better of old adapter and bare target."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of everything drawn and trained.")
+
+
+def options_from(
+    recipe: Mapping[str, Any], inputs: int | None, method: str | None, filtered: bool, changes: Mapping[str, Any]
+) -> MigrationOptions:
+    """Options from a command line; what is changed of training and method goes on top of the old adapter's recipe.
+
+    Args:
+        recipe: of the version that is migrated, as it is stored.
+        inputs: as the option of that name.
+        method: a name alone.
+        filtered: as the option of that name.
+        changes: by dotted key, e.g. `training.steps`.
+
+    Raises:
+        InvalidInput: a key that is no option, or a value that it cannot take.
+    """
+    content: dict[str, Any] = {"inputs": inputs, "filtered": filtered}
+    if method is not None:
+        content["method"] = {"name": method}
+    for key, value in changes.items():
+        section, dot, option = key.partition(".")
+        if not dot:
+            content[section] = value
+            continue
+        before = dict(recipe.get(section) or {}) if section in ("training", "method") else {}
+        inner = content.setdefault(section, before)
+        if isinstance(inner, dict):
+            inner[option] = value
+    steps = content.get("training", {})
+    if isinstance(steps, dict) and {"training.steps", "training.epochs"} & changes.keys():
+        steps.pop("epochs" if "training.steps" in changes else "steps", None)  # one of them, the one that was said
+    return parse(MigrationOptions, content, "--set")
