@@ -68,7 +68,12 @@ def show_(
     versions = [registry.get(name)] if "@" in name else registry.versions(name)
     evaluations = {v.address: registry.evaluations(v.address) for v in versions}
     if as_json:
-        print_json([{"version": v, "evaluations": evaluations[v.address]} for v in versions])
+        print_json(
+            [
+                {"version": v, "evaluations": evaluations[v.address], "attachments": registry.attachments(v.address)}
+                for v in versions
+            ]
+        )
         return
     if not versions:
         console.print(f"[dim]{name} has no version yet.[/]")
@@ -144,6 +149,10 @@ def _tell_version(registry: "AdapterRegistry", version: "VersionRecord") -> None
         ("size", size(version.size_bytes)),
         ("sha256", version.artifact_sha256),
         ("MLflow run", version.mlflow_run_id or "–"),
+    ]
+    pairs += [
+        (kept.relation.replace("_", " "), f"{kept.created_at:%Y-%m-%d %H:%M} UTC, {size(kept.size_bytes)}")
+        for kept in registry.attachments(version.address)
     ]
     if version.failure:
         pairs.append(("failure", f"[red]{escape(version.failure)}[/]"))

@@ -56,6 +56,7 @@ def test_a_kit_is_kept_with_its_version_and_shown(built: dict[str, Any], trained
     told = clean(run_here("kit", "show", trained))
     assert all(seed["prompt"].split()[0] in told for seed in shown["kit"]["seeds"])
     assert "balanced accuracy" in " ".join(told.split())
+    assert "migration kit" in clean(run_here("adapters", "show", trained))
     assert AdapterRegistry().fsck() == []
     assert not list((get_settings().runs / f"kit-{trained.replace('@', '-')}").glob("work"))
 
