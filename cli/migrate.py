@@ -64,7 +64,7 @@ def migrate(
         print_json(migration)
     else:
         _tell(migration)
-    if migration.passed is False:
+    if migration.passed is False or (migration.promotion and not migration.promotion.moved):
         raise typer.Exit(7)
 
 

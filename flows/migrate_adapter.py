@@ -211,6 +211,11 @@ def plan_migration(
     adapter_name(name or source.adapter)
     if promote_to is not None:
         alias_name(promote_to)
+        if not evaluate:
+            raise InvalidInput(
+                f"'{promote_to}' cannot move to a version that is not measured.",
+                "Leave out --no-evaluate, or --promote.",
+            )
     record, folder = find_base(target)
     if record.identity_sha256 == source.base.identity_sha256:
         raise InvalidInput(f"{source.address} stands on {record.name} already.", "Name another base model.")

@@ -162,6 +162,7 @@ def test_what_cannot_be_migrated_is_refused_before_any_work(source: str, tmp_pat
         ((source, "--to", "migrate-new", "--set", "training.stesp=3"), 2, "training.stesp is not an option"),
         ((source, "--to", "migrate-new", "--set", "method.rnak=3"), 2, "rnak is not an option"),
         ((source, "--to", "migrate-new", "--promote", "v3"), 2, "v3"),
+        ((source, "--to", "migrate-new", "--promote", "best", "--no-evaluate"), 2, "that is not measured"),
         ((source, "--to", f"path:{masked}", "--no-evaluate"), 2, "writes no text"),
     ):
         result = run_here("migrate", *arguments)
