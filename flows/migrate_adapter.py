@@ -43,7 +43,8 @@ from training.adapter_files import write_adapter
 from training.base_models import BaseFolder, LoadedBase, load_base
 from training.checkpoints import exclusive
 from training.data.example import Example, fingerprint
-from training.data.sources import load_test_part
+from training.data.sampling import sample
+from training.data.sources import load_held_out
 from training.device import base_dtype, best_device
 from training.evaluation.result import EvaluationResult
 from training.evaluation.suite import Suite
@@ -396,13 +397,14 @@ def _bare(folder: BaseFolder, recipe: Recipe) -> LoadedBase:
 
 def _held_out(suite: Suite, recipe: Recipe) -> Prepared:
     """A suite's items; of the recipe's own data no more is read than the test part."""
+    suite = suite.model_copy(update={"shots": 0})  # solved examples come from the seeds, where any are wanted
     if suite.task is not None or recipe.data.task is not None:
-        return replace(prepare(suite.model_copy(update={"shots": 0}), recipe), shots=())
-    examples = load_test_part(recipe.data, recipe.seed)
+        return prepare(suite, recipe)
+    examples = load_held_out(recipe.data, suite.split, recipe.seed)
     return Prepared(
         title(suite, recipe),
         suite.metric or "exact_match",
-        examples[: suite.samples] if suite.samples else examples,
+        tuple(sample(examples, suite.samples, suite.seed)),
         (),
         recipe.data.instruction_text,
         suite.max_new_tokens,

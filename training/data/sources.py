@@ -162,32 +162,32 @@ def load_splits(source: DataSource, seed: int) -> Splits:
     return Splits(*(_sized(source, split, parts[split], seed) for split in SPLITS))
 
 
-def load_test_part(source: DataSource, seed: int) -> tuple[Example, ...]:
-    """The test examples of a source, without a look at those that it trains on.
+def load_held_out(source: DataSource, split: Literal["validation", "test"], seed: int) -> tuple[Example, ...]:
+    """The validation or test examples of a source, without a look at those that it trains on.
 
     Raises:
         InvalidInput: they are part of what it trains on, or rows that cannot be used.
         NotFound: no such file or split.
     """
     if source.task:
-        number = DEFAULT_TASK_SIZES["test"] if source.sizes.test is None else source.sizes.test
-        return tuple(get_task(source.task).generate("test", number, seed))
-    if source.test is None:
+        wanted = getattr(source.sizes, split)
+        number = DEFAULT_TASK_SIZES[split] if wanted is None else wanted
+        return tuple(get_task(source.task).generate(split, number, seed))
+    part = getattr(source, split)
+    if part is None:
         raise InvalidInput(
-            f"The test examples of {source.name} are held out of its training examples, which are not to be read.",
+            f"The {split} examples of {source.name} are held out of its training examples, which are not to be read.",
             "Measure on a built-in task, or on a file of its own.",
         )
     if source.file:
-        rows: Iterable[Row] = read_rows(Path(source.test))
+        rows: Iterable[Row] = read_rows(Path(part))
     else:
         name = str(source.dataset)
         splits = open_dataset(name, source.configuration, source.revision)
-        if source.test not in splits:
-            raise NotFound(
-                f"The data set {name} has no split '{source.test}'. {did_you_mean(source.test, list(splits))}"
-            )
-        rows = dataset_rows(name, source.test, splits[source.test])
-    return _sized(source, "test", to_examples(rows, source.columns, source.on_empty), seed)
+        if part not in splits:
+            raise NotFound(f"The data set {name} has no split '{part}'. {did_you_mean(part, list(splits))}")
+        rows = dataset_rows(name, part, splits[part])
+    return _sized(source, split, to_examples(rows, source.columns, source.on_empty), seed)
 
 
 def _parts(source: DataSource) -> dict[Split, Iterable[Row]]:

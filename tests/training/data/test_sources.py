@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from infra.errors import InvalidInput, NotFound
 from training.data.example import Example
-from training.data.sources import DataSource, load_splits, read_examples
+from training.data.sources import DataSource, load_held_out, load_splits, read_examples
 from training.tasks.catalog import get_task
 
 ROWS = [
@@ -377,3 +377,24 @@ def test_a_missing_datasets_library_is_explained(tmp_path):
 def test_a_task_is_generated_not_read():
     with pytest.raises(InvalidInput, match="generates its examples"):
         read_examples(DataSource(task="navigate"))
+
+
+def test_held_out_parts_are_read_without_a_look_at_the_training_rows(tmp_path):
+    for name, first in (("test", 0), ("validation", 100)):
+        rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(first, first + 20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "other", "completion": "c"}\n')
+    parts = {name: str(tmp_path / f"{name}.jsonl") for name in ("test", "validation")}
+    source = DataSource.model_validate({"file": tmp_path / "train.jsonl", **parts, "sizes": {"test": 7}})
+    splits = load_splits(source, seed=3)
+    (tmp_path / "train.jsonl").unlink()
+    assert load_held_out(source, "test", seed=3) == splits.test
+    assert load_held_out(source, "validation", seed=3) == splits.validation
+    task = DataSource.model_validate({"task": "navigate", "sizes": {"test": 9}})
+    assert load_held_out(task, "test", seed=1) == load_splits(task, 1).test
+    assert len(load_held_out(task, "validation", seed=1)) == 200
+
+
+def test_what_is_held_out_of_the_training_rows_is_not_read(tmp_path):
+    with pytest.raises(InvalidInput, match="held out of its training examples, which are not to be read"):
+        load_held_out(DataSource(file=tmp_path / "not-even-there.jsonl"), "test", seed=0)
