@@ -153,6 +153,6 @@ def test_without_seeds_there_is_nothing_to_write() -> None:
 def test_a_real_model_writes_and_is_left_as_it_was() -> None:
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pool = synthesise(model, tiny_tokenizer(), "words", ["ab", "cd"], 3, SynthesisOptions(items=2, rows=2), seed=0)
+    pool = synthesise(model, tiny_tokenizer(), "words", ["ab", "cd"], 3, SynthesisOptions(items=2, rows=32), seed=0)
     assert len(set(pool.inputs)) == 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
