@@ -237,7 +237,6 @@ def plan_migration(
             "base": record.name,
             "method": method,
             "training": _without_validation(options.training or recipe.training),
-            "seed": options.seed,
             "migrated_from": source.address,
         }
     )

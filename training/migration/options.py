@@ -25,7 +25,7 @@ class MigrationOptions(BaseModel):
     allowed_loss: float = Field(
         0.02, ge=0, le=1, description="Accuracy that may be lacking to the better of old adapter and bare target."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Of everything drawn and trained.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of what is written; items and training keep the recipe's.")
 
 
 def options_from(
