@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.base_models import find_base
 from flows.evaluate_adapter import record_result, run_suite
 from flows.gpu import gpu_slot
-from flows.migration_kit import kit_of
+from flows.migration_kit import kit_of, words
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
@@ -248,7 +248,7 @@ def plan_migration(
         target=record,
         target_folder=folder,
         student=student,
-        task=kit.task if kit else (recipe.data.task or recipe.adapter).replace("_", " "),
+        task=kit.task if kit else words(recipe),
         seeds=shown,
         inputs=options.inputs or min(rows, MOST_INPUTS),
         longest=kit.longest if kit else LONGER * max(len(seed.prompt) for seed in seeds),

@@ -50,9 +50,7 @@ def sampled(
     """
     with judging(model):
         cache = PromptCache(model, [prompt] * rows, max_new_tokens)
-        if not cache.usable:
-            return _uncached(model, prompt, rows, max_new_tokens, set(ends), temperature, top_p, generator, enough)
-        reading = cache.read([prompt] * rows)
+        reading = cache.read([prompt] * rows) if cache.usable else _Rereading(model, prompt, rows)
         written: list[list[int]] = [[] for _ in range(rows)]
         ended = [False] * rows
         active = list(range(rows))
@@ -104,33 +102,18 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     return tokens
 
 
-def _uncached(
-    model: Any,
-    prompt: Ids,
-    rows: int,
-    max_new_tokens: int,
-    ends: set[int],
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
-    enough: Callable[[list[int]], bool],
-) -> list[Sampled]:
-    """The whole text again at every step: slow, and right for a model of any kind."""
-    device = next(model.parameters()).device
-    written: list[list[int]] = [[] for _ in range(rows)]
-    ended, active = [False] * rows, list(range(rows))
-    for _ in range(max_new_tokens):
-        ids = torch.tensor([[*prompt, *written[row]] for row in active], device=device)
-        tokens = nucleus(model(input_ids=ids).logits[:, -1], temperature, top_p, generator)
-        going = []
-        for row, token in zip(active, tokens.tolist(), strict=True):
-            if token in ends:
-                ended[row] = True
-                continue
-            written[row].append(token)
-            if not enough(written[row]):
-                going.append(row)
-        active = going
-        if not active:
-            break
-    return [Sampled(tuple(tokens), end) for tokens, end in zip(written, ended, strict=True)]
+class _Rereading:
+    """As a `Reading`, of a model without a KV cache: the whole text is read again at every step."""
+
+    def __init__(self, model: Any, prompt: Ids, rows: int) -> None:
+        device = next(model.parameters()).device
+        self._model = model
+        self._ids = torch.tensor([list(prompt)] * rows, device=device)
+        self.logits: Tensor = model(input_ids=self._ids).logits[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        self._ids = self._ids[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        self._ids = torch.cat([self._ids, tokens], dim=1)
+        self.logits = self._model(input_ids=self._ids).logits[:, -1]
