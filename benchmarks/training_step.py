@@ -39,8 +39,8 @@ from training.methods.catalog import get_method
 from training.methods.contract import AttachContext
 from training.objectives.causal_lm import CausalLM
 from training.objectives.objective import Loss
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import TrainingOptions
 from training.trainer import train
 
 RATE = 1e-3

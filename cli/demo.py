@@ -36,7 +36,7 @@ def demo() -> None:
     connect_flows()
     from training.recipe import load_recipe
 
-    recipe = load_recipe(demo_recipe())
+    recipe = load_recipe(demo_recipe(), {"migration_kit": False})  # which would take as long as all the rest
     with live_progress():
         _meet_base_and_data(recipe)
         bare = _measure_bare_model(recipe)

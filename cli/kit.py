@@ -1,6 +1,6 @@
 """`regraft kit`: what a version's migration to another base model will need."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -40,14 +40,14 @@ def build(
     from cli.session import connect_flows, live_progress
     from flows.migration_kit import build_migration_kit, buildable
     from registry import AdapterRegistry
-    from training.migration.kit import KitOptions, redaction
+    from training.migration.kit import redaction
+    from training.migration.options import KitOptions
 
     registry = AdapterRegistry()
     buildable(registry.get(address), registry, again)
     redaction(redact)
     connect_flows()  # what needs no server has come first
-    changes: dict[str, Any] = {} if discriminator else {"discriminator": None}
-    options = KitOptions(seeds=seeds, redact=redact, inputs=inputs, **changes)
+    options = KitOptions(seeds=seeds, redact=redact, inputs=inputs, filtered=discriminator)
     with live_progress():
         record = build_migration_kit(address, options, task, again)
     if as_json:

@@ -19,6 +19,9 @@ def train(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the checkpoint of an interrupted run.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure the new version on the recipe's suites.")] = True,
+    kit: Annotated[
+        bool, typer.Option(help="Keep a migration kit, so that it can move to another base without its data.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Train an adapter by a recipe and register it as the adapter's next version.
@@ -28,11 +31,12 @@ def train(
     Examples:
       [bold]regraft train recipes/counting.yaml[/]
       [bold]regraft train recipes/counting.yaml --set method.rank=16 --set training.steps=200[/]
+      [bold]regraft train recipes/counting.yaml --no-kit[/]  (nothing of the data is kept)
       [bold]regraft train counting@3[/]  (the stored recipe again: the same tensors, bit for bit)
     """
     from training.recipe import load_recipe
 
-    changes = overrides(set_ or [])
+    changes = overrides(set_ or []) | ({} if kit else {"migration_kit": False})
     if "@" in recipe.name and not recipe.exists():
         from flows.train_adapter import stored_recipe
 
@@ -64,6 +68,10 @@ def _tell(trained: "TrainedVersion") -> None:
         f"  [dim]{trained.trainable_parameters:,} parameters ({trained.trainable_share:.2%}), "
         f"{size(trained.size_bytes)}, sha256 {trained.artifact_sha256[:12]}…[/]"
     )
+    if trained.migration_kit is not None:
+        accuracy = trained.migration_kit["discriminator"]
+        told = "no discriminator" if accuracy is None else f"discriminator {accuracy:.0%} balanced accuracy"
+        console.print(f"  [dim]migration kit: {trained.migration_kit['seeds']} seeds, {told}[/]")
     tell_results(trained.evaluations)
     console.print(f"[dim]next: regraft promote {trained.address} --to production[/]")
 

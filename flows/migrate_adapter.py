@@ -55,8 +55,9 @@ from training.migration.labelling import Labelled, label
 from training.migration.options import MigrationOptions
 from training.migration.synthesis import Pool, synthesise
 from training.objectives.of_model import is_masked_lm
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import Recipe, TrainingOptions
+from training.recipe import Recipe
 from training.trainer import train_recipe
 
 MOST_INPUTS = 250  # the paper's N

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.base_models import find_base
 from flows.evaluate_adapter import SuiteResult, evaluate_adapter
 from flows.gpu import gpu_slot
+from flows.migration_kit import keep_kit
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.reports import report_curve, report_recipe
@@ -24,7 +25,7 @@ from infra.errors import InvalidInput, RegraftError, ServiceUnavailable
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.addresses import adapter_name
-from registry.records import BaseModelRecord, DatasetRecord, VersionRecord
+from registry.records import AttachmentRecord, BaseModelRecord, DatasetRecord, VersionRecord
 from training.adapter_files import write_adapter
 from training.base_models import load_base
 from training.checkpoints import discard, exclusive
@@ -32,6 +33,7 @@ from training.device import base_dtype, best_device
 from training.evaluation.evaluate import check_metric
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
+from training.migration.kit import redaction
 from training.progress import TrainingEvent, TrainingOutcome
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
@@ -56,6 +58,7 @@ class TrainedVersion(BaseModel):
     steps: int
     mlflow_run_id: str | None
     evaluations: list[SuiteResult]
+    migration_kit: dict[str, Any] | None = None
     unchanged: bool = False
 
 
@@ -63,7 +66,7 @@ class TrainedVersion(BaseModel):
 def train_adapter(
     recipe: Recipe, fresh: bool = False, evaluate: bool = True, only_if_data_changed: bool = False
 ) -> TrainedVersion:
-    """Select data, train, register, and measure the new version on the recipe's suites.
+    """Select data, train, register, measure the new version on the recipe's suites, and keep its migration kit.
 
     A run that was interrupted goes on from its last checkpoint, to the same tensors.
 
@@ -82,11 +85,13 @@ def train_adapter(
             f"This recipe tells how {recipe.migrated_from} was migrated to {recipe.base}: on synthetic inputs.",
             f"regraft migrate {recipe.migrated_from} --to {recipe.base}",
         )
+    if recipe.migration_kit is not None:
+        redaction(recipe.migration_kit.redact)
     report_recipe(recipe)
     data = select_data(recipe)
     newest = _newest(recipe.adapter)
     if only_if_data_changed and newest and newest.dataset and newest.dataset.fingerprint == data.fingerprint:
-        return _trained(newest, [], unchanged=True)
+        return _trained(newest, [], None, unchanged=True)
     version = _train_and_register(recipe, data, fresh)
     try:
         results = evaluate_adapter(version.address) if evaluate else []
@@ -95,7 +100,7 @@ def train_adapter(
         cause = error if isinstance(error, RegraftError) else ServiceUnavailable(lost, "regraft status")
         what = f"{version.address} is trained and registered, but could not be measured: {cause.what}"
         raise type(cause)(what, cause.remedy) from None
-    return _trained(version, results)
+    return _trained(version, results, keep_kit(version, recipe))
 
 
 def stored_recipe(address: str, overrides: dict[str, Any]) -> Recipe:
@@ -211,7 +216,9 @@ def _newest(adapter: str) -> VersionRecord | None:
     return max(ready, key=lambda version: version.number, default=None)
 
 
-def _trained(version: VersionRecord, results: list[SuiteResult], unchanged: bool = False) -> TrainedVersion:
+def _trained(
+    version: VersionRecord, results: list[SuiteResult], kit: AttachmentRecord | None, unchanged: bool = False
+) -> TrainedVersion:
     return TrainedVersion(
         address=version.address,
         method=version.method,
@@ -225,5 +232,6 @@ def _trained(version: VersionRecord, results: list[SuiteResult], unchanged: bool
         steps=int(version.metrics["steps"]),
         mlflow_run_id=version.mlflow_run_id,
         evaluations=results,
+        migration_kit=kit.details if kit else None,
         unchanged=unchanged,
     )

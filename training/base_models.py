@@ -32,6 +32,12 @@ class BaseFolder:
     directory: Path
     identity: BaseIdentity
 
+    @property
+    def architecture(self) -> str:
+        """The model class that its config names."""
+        named = read_json(self.directory / "config.json").get("architectures") or ["AutoModel"]
+        return str(named[0])
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
@@ -88,11 +94,10 @@ def load_base(
     import transformers
 
     base = resolve_base(reference, cache)
-    architectures = read_json(base.directory / "config.json").get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, architectures[0], None)
+    model_class = getattr(transformers, base.architecture, None)
     if model_class is None:
         raise InvalidInput(
-            f"{reference}: transformers {transformers.__version__} has no model class {architectures[0]}.",
+            f"{reference}: transformers {transformers.__version__} has no model class {base.architecture}.",
             "Models that bring their own code are not run.",
         )
     spread = {"distributed_config": DistributedConfig(fsdp_size=shards)} if shards > 1 else {}
@@ -103,7 +108,7 @@ def load_base(
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise CorruptArtifact(
-            f"{reference}: the weights lack {len(absent)} tensors of {architectures[0]}, among them {absent[0]}.",
+            f"{reference}: the weights lack {len(absent)} tensors of {base.architecture}, among them {absent[0]}.",
             "Fetch the model again, or correct 'architectures' in its config.json.",
         )
     return LoadedBase(model.to(device).eval(), load_tokenizer(base), base.reference, base.identity, base.directory)

@@ -4,78 +4,21 @@ import hashlib
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.documents import did_you_mean, parse, read_yaml
 from infra.errors import InvalidInput
 from training.data.sources import DataSource
 from training.evaluation.suite import Suite
 from training.methods.catalog import CATALOG, get_method
+from training.migration.options import KitOptions
+from training.options import MethodChoice, Section, TrainingOptions
 from training.selection.selection import Selection
 
-Positive = Annotated[int, Field(ge=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MethodChoice(BaseModel):
-    """A method's name and its options. `method: lora` is short for `method: {name: lora}`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "lora"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The method's own hyper-parameters, as written."""
-        return dict(self.__pydantic_extra__ or {})
-
-
-class TrainingOptions(_Section):
-    """How the adapter is trained.
-
-    One *step* is one optimiser update, on `batch_size` × `gradient_accumulation` examples per process.
-    """
-
-    steps: Positive | None = Field(None, description="Optimiser updates. Exactly one of steps and epochs.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the data; 3 where neither is given.")
-    batch_size: Positive = 8
-    gradient_accumulation: Positive = 1
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
-    loss_on: Literal["completion", "everything"] = "completion"
-    max_length: Positive = Field(1024, description="Tokens of prompt and completion together; longer is an error.")
-    packing: bool = Field(False, description="Several examples in a row, kept apart by position ids.")
-    gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on GPU, else float32."
-    )
-    validate_every: Positive | None = Field(None, description="Steps between validation losses.")
-    early_stopping: Positive | None = Field(None, description="Stop after so many validations without improvement.")
-    checkpoint_every: Positive = Field(50, description="Steps between checkpoints from which a killed run resumes.")
-    processes: Positive = Field(1, description="Data-parallel processes (accelerate: DDP; gloo on CPU, NCCL on GPU).")
-    shard_base: bool = Field(
-        False, description="Split the base's weights over the processes (FSDP2) instead of copying them to each."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainingOptions":
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
-        if self.early_stopping and not self.validate_every:
-            raise ValueError("early_stopping needs validate_every")
-        if self.shard_base and self.processes == 1:
-            raise ValueError("shard_base needs more than one of processes")
-        return self
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """What to train, on what, how, and how it is judged."""
 
     adapter: str = Field(description="Name of the adapter; each training makes its next version.")
@@ -86,6 +29,9 @@ class Recipe(_Section):
     selection: Selection = Selection()
     training: TrainingOptions = TrainingOptions()
     evaluation: tuple[Suite, ...] = Field((), description="Suites; none given: the test split of the recipe's data.")
+    migration_kit: KitOptions | None = Field(
+        KitOptions(), description="What is kept of the data for a migration to another base; false for nothing."
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     migrated_from: str | None = Field(
         None, description="Set by a migration: the version whose answers to synthetic inputs were trained on."
@@ -97,6 +43,11 @@ class Recipe(_Section):
         if not isinstance(value, str | dict | MethodChoice):
             raise ValueError("give one method's name, or a mapping of its name and options")
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("migration_kit", mode="before")
+    @classmethod
+    def _kit_or_none(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _method_exists(self) -> "Recipe":
@@ -114,12 +65,15 @@ class Recipe(_Section):
 
     def as_stored(self) -> dict[str, Any]:
         """Plain JSON values; `Recipe.model_validate` of it is this recipe."""
-        return self.model_dump(mode="json", exclude_none=True)
+        stored = self.model_dump(mode="json", exclude_none=True)
+        kit = self.migration_kit and self.migration_kit.model_dump(mode="json", exclude_defaults=True)
+        return {**stored, "migration_kit": False if kit is None else kit or True}
 
     @property
     def digest(self) -> str:
-        """12 hex digits that name this recipe's content."""
-        return hashlib.sha256(json.dumps(self.as_stored(), sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits that name this recipe's content, as far as it decides what is trained."""
+        content = {key: value for key, value in self.as_stored().items() if key != "migration_kit"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

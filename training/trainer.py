@@ -32,9 +32,10 @@ from training.methods.contract import Adapted, AttachContext, Batch
 from training.methods.starts import StartCache
 from training.objectives.objective import Objective
 from training.objectives.of_model import is_masked_lm, objective_of
+from training.options import TrainingOptions
 from training.packing_check import check_packing
 from training.progress import OnEvent, OnPreparing, Progress, TrainingOutcome
-from training.recipe import Recipe, TrainingOptions
+from training.recipe import Recipe
 
 if TYPE_CHECKING:
     from training.base_models import LoadedBase

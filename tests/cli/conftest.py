@@ -112,6 +112,7 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: str) -> Wr
             "data": {"task": "boolean_expressions", "sizes": {"train": 40, "validation": 8, "test": 24}},
             "training": TRAINING,
             "evaluation": [{"samples": 24, "max_new_tokens": 4}],
+            "migration_kit": False,
             **sections,
         }
         path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"

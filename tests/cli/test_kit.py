@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import WriteRecipe, run_here
@@ -69,6 +70,51 @@ def test_a_second_kit_must_be_wished_for(built: dict[str, Any], trained: str) ->
     told = clean(run_here("kit", "show", trained))
     assert "none" in told
     assert len(AdapterRegistry().attachments(trained)) == 2
+
+
+def test_a_training_keeps_a_kit_and_the_next_one_on_the_same_data_has_it_too(
+    trained: str, write_recipe: WriteRecipe, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = AdapterRegistry()
+    recipe = write_recipe(
+        "keeping", base=registry.get(trained).base.reference, data={"file": str(rows)}, migration_kit={"inputs": 12}
+    )
+    told = clean(run_here("train", str(recipe), "--no-evaluate"))
+    assert "migration kit: 5 seeds, discriminator" in " ".join(told.split())
+    monkeypatch.setattr("flows.migration_kit.build_kit", None)  # not to be called
+    again = json.loads(
+        clean(run_here("train", str(recipe), "--no-evaluate", "--json", "--set", "training.learning_rate=0.001"))
+    )
+    assert again["migration_kit"]["discriminator"] is not None
+    kits = [registry.attachment(f"keeping@{number}", "migration_kit") for number in (1, 2)]
+    assert kits[0] and kits[1] and kits[0].artifact_sha256 == kits[1].artifact_sha256
+    without = json.loads(clean(run_here("train", str(recipe), "--no-evaluate", "--no-kit", "--json")))
+    assert without["migration_kit"] is None
+    assert registry.attachment(without["address"], "migration_kit") is None
+    assert registry.fsck() == []
+
+
+def test_a_kit_that_cannot_be_built_leaves_the_training_what_it_is(
+    trained: str, write_recipe: WriteRecipe, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AdapterRegistry().get(trained).base.reference
+    recipe = write_recipe("poorly", base=base, data={"file": str(rows)}, migration_kit={"inputs": 12})
+    with monkeypatch.context() as patched:
+        patched.setattr("training.migration.synthesis.sampled", lambda *_, **__: [])  # the base writes nothing
+        result = run_here("train", str(recipe), "--no-evaluate", "--json")
+    assert json.loads(result.out)["migration_kit"]["discriminator"] is None
+    assert "poorly@1 keeps a kit without a discriminator" in " ".join(result.err.split())
+    refused = run_here("train", str(recipe), "--set", "migration_kit.redact=nowhere:f")
+    assert refused.code == 2 and "nowhere:f" in refused.err
+    assert [version.address for version in AdapterRegistry().versions("poorly")] == ["poorly@1"]
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("Stopped.", "")
+
+    monkeypatch.setattr("flows.migration_kit.build_kit", stopped)
+    result = run_here("train", str(recipe), "--no-evaluate", "--set", "seed=3")
+    assert result.code == 130
+    assert "poorly@2 is trained and registered" in result.err and "regraft kit build poorly@2" in result.err
 
 
 def test_what_cannot_be_built_or_shown_says_why(trained: str, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def recipe_content(tiny_base: str) -> Callable[..., dict[str, Any]]:
             "data": {"task": "boolean_expressions", "sizes": {"train": 40, "validation": 8, "test": 24}},
             "training": {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "max_length": 512},
             "evaluation": [{"samples": 24, "max_new_tokens": 4}],
+            "migration_kit": False,
             **sections,
         }
 

@@ -11,8 +11,8 @@ from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.evaluation.evaluate import evaluate
 from training.methods.catalog import CATALOG, get_method
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import TrainingOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -20,7 +20,8 @@ from training.data.prompting import PromptFormat
 from training.data.rows import Columns, to_examples
 from training.evaluation.evaluate import evaluate
 from training.objectives.of_model import is_masked_lm, objective_of
-from training.recipe import MethodChoice, Recipe
+from training.options import MethodChoice
+from training.recipe import Recipe
 from training.trainer import train_recipe
 
 TEXTS = [Example(f"{word * 3} {word}", "") for word in ("ab", "ba", "aab", "bba", "abab", "baba", "abb", "baa")]

@@ -12,7 +12,7 @@ from tests.training.test_trainer_launch import TRAIN, VALIDATION, base, recipe
 from training.adapter_files import attach_stored, read_adapter, write_adapter
 from training.base_models import LoadedBase, load_base
 from training.methods.catalog import CATALOG, get_method
-from training.recipe import MethodChoice
+from training.options import MethodChoice
 from training.trainer import train_recipe
 
 __all__ = ["base"]  # a fixture

@@ -32,6 +32,16 @@ def test_the_stored_form_is_the_same_recipe_and_the_same_digest(tmp_path: Path) 
     assert load_recipe(written(tmp_path, training={"steps": 6})).digest != recipe.digest
 
 
+def test_what_is_kept_for_a_migration_is_stored_briefly_and_names_no_other_training(tmp_path: Path) -> None:
+    usual = load_recipe(written(tmp_path))
+    for said, stored in ((True, True), (False, False), ({"seeds": 3}, {"seeds": 3}), ({"inputs": 250}, True)):
+        recipe = load_recipe(written(tmp_path, migration_kit=said))
+        assert recipe.as_stored()["migration_kit"] == stored
+        assert Recipe.model_validate(recipe.as_stored()) == recipe
+        assert recipe.digest == usual.digest
+    assert load_recipe(written(tmp_path, migration_kit=False)).migration_kit is None
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     path = written(
         tmp_path, method={"rnak": 4}, data={"task": "object_countin"}, training={"learning_rate": float("inf")}
@@ -62,6 +72,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"data": {}}, "exactly one of task, file and dataset"),
         ({"evaluation": [{"metrc": "exact_match"}]}, "evaluation[0].metrc is not an option. Did you mean 'metric'?"),
         ({"seed": -1}, "seed"),
+        ({"migration_kit": {"seds": 3}}, "migration_kit.seds is not an option. Did you mean 'seeds'?"),
+        ({"migration_kit": "no"}, "migration_kit"),
         ({"method": "prefix-tuning", "training": {"gradient_checkpointing": True}}, "does not go with 'prefix-tuning'"),
     ],
 )

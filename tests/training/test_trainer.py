@@ -16,8 +16,8 @@ from training.data.batching import Padding
 from training.data.encoding import encode
 from training.device import base_dtype
 from training.methods.contract import Adapted
+from training.options import TrainingOptions
 from training.progress import TrainingEvent, TrainingOutcome
-from training.recipe import TrainingOptions
 from training.trainer import total_steps
 
 

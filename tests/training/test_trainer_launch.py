@@ -17,8 +17,9 @@ from training.checkpoints import checkpoints_directory
 from training.data.example import Example
 from training.engine import _Milestones
 from training.interruption import Interruption
+from training.options import MethodChoice
 from training.progress import TrainingEvent
-from training.recipe import MethodChoice, Recipe, recipe_from
+from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
 
 TRAIN = [Example(f"{first}+{second}", str(first + second)) for first in range(4) for second in range(4)]

@@ -15,8 +15,8 @@ from tests.tiny_models import tiny_tokenizer
 from tests.training.tiny_training import EXAMPLES, HELD_OUT, OPTIONS, copied, fresh, quiet, run, same_bits
 from training.checkpoints import checkpoints_directory, discard, exclusive
 from training.data.encoding import encode
+from training.options import TrainingOptions
 from training.progress import OnEvent, TrainingEvent
-from training.recipe import TrainingOptions
 from training.state_file import read_state, write_state
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from training.data.encoding import Encoded, encode
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext
 from training.objectives.causal_lm import CausalLM
+from training.options import TrainingOptions
 from training.progress import OnEvent, TrainingEvent, TrainingOutcome
-from training.recipe import TrainingOptions
 from training.trainer import train
 
 PAIRS = [(f"{first}+{second}", f"={first + second}</s>") for first in range(4) for second in range(5)]

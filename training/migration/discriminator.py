@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from infra.errors import InvalidInput
@@ -25,22 +24,12 @@ from training.data.prompting import PromptFormat
 from training.evaluation.likelihood import log_likelihoods
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext
+from training.migration.options import DiscriminatorOptions
 from training.objectives.causal_lm import CausalLM
 from training.progress import OnEvent
-from training.recipe import MethodChoice, TrainingOptions
 from training.trainer import train
 
 INSTRUCTION = "Answer in as few words as possible."
-
-
-class DiscriminatorOptions(BaseModel):
-    """How a discriminator is trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: MethodChoice = Field(MethodChoice(), description="Of the catalogue, with its options.")
-    training: TrainingOptions = Field(TrainingOptions(epochs=3, learning_rate=3e-4), description="As in a recipe.")
-    held_out: float = Field(0.2, gt=0, lt=1, description="Share of the inputs that it is judged on, not trained on.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,17 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from infra.errors import CorruptArtifact, InvalidInput
 from infra.folders import require_free
 from training.adapter_files import attach_stored, write_adapter
 from training.base_models import LoadedBase
 from training.data.example import Example
-from training.migration.discriminator import Discriminator, DiscriminatorOptions, Judged, train_discriminator
-from training.migration.synthesis import SynthesisOptions, synthesise
+from training.migration.discriminator import Discriminator, Judged, train_discriminator
+from training.migration.options import KitOptions
+from training.migration.synthesis import synthesise
+from training.options import Section
 from training.progress import OnPreparing, TrainingEvent
 
 KIT_FILE = "kit.json"
@@ -31,32 +33,14 @@ DISCRIMINATOR = "discriminator"
 FORMAT = 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class KitOptions(_Part):
-    """What goes into a kit."""
-
-    seeds: int = Field(5, ge=1, description="Examples that are kept for ever.")
-    redact: str | None = Field(
-        None, description="MODULE:FUNCTION from text to text, through which prompts and completions of seeds go."
-    )
-    discriminator: DiscriminatorOptions | None = Field(
-        DiscriminatorOptions(), description="How it is trained; null for a kit without one."
-    )
-    inputs: int = Field(250, ge=2, description="Most real and most written inputs that a discriminator is shown.")
-    synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the source base writes inputs.")
-
-
-class Seed(_Part):
+class Seed(Section):
     """An example that is kept."""
 
     prompt: str
     completion: str
 
 
-class Kit(_Part):
+class Kit(Section):
     """What `kit.json` says.
 
     Attributes:
@@ -135,7 +119,7 @@ def build_kit(
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        if options.discriminator is not None:
+        if options.filtered:
             judged = _discriminator(staging, base, examples, kit, options, seed, workdir, on_progress)
             kit = kit.model_copy(update={"discriminator": judged})
         content = json.dumps(kit.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
@@ -213,7 +197,6 @@ def _discriminator(
     workdir: Path,
     on_progress: OnPreparing | None,
 ) -> Judged:
-    assert options.discriminator is not None
     tell: OnPreparing = on_progress or (lambda stage, done, total: None)
     real = list(dict.fromkeys(example.prompt for example in examples))
     pool = synthesise(

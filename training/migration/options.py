@@ -1,19 +1,47 @@
-"""What a migration can be told."""
+"""What a migration, and what is kept for one, can be told."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infra.documents import parse
-from training.migration.synthesis import SynthesisOptions
-from training.recipe import MethodChoice, TrainingOptions
+from training.options import MethodChoice, Section, TrainingOptions
 
 
-class MigrationOptions(BaseModel):
+class SynthesisOptions(Section):
+    """How inputs are written."""
+
+    items: int = Field(6, ge=1, description="How many inputs a list asks for beside the seeds.")
+    rows: int = Field(16, ge=1, description="Lists written at a time.")
+    temperature: float = Field(1.0, gt=0, description="Of the sampling.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
+    most_tries: int = Field(20, ge=1, description="Written inputs for each that is wanted, after which to give up.")
+
+
+class DiscriminatorOptions(Section):
+    """How a discriminator is trained."""
+
+    method: MethodChoice = Field(MethodChoice(), description="Of the catalogue, with its options.")
+    training: TrainingOptions = Field(TrainingOptions(epochs=3, learning_rate=3e-4), description="As in a recipe.")
+    held_out: float = Field(0.2, gt=0, lt=1, description="Share of the inputs that it is judged on, not trained on.")
+
+
+class KitOptions(Section):
+    """What is kept of an adapter's data, so that it can be moved without them."""
+
+    seeds: int = Field(5, ge=1, description="Examples that are kept for ever.")
+    redact: str | None = Field(
+        None, description="MODULE:FUNCTION from text to text, through which prompts and completions of seeds go."
+    )
+    filtered: bool = Field(True, description="Train a discriminator, which a migration filters with.")
+    discriminator: DiscriminatorOptions = Field(DiscriminatorOptions(), description="How it is trained.")
+    inputs: int = Field(250, ge=2, description="Most real and most written inputs that a discriminator is shown.")
+    synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the source base writes inputs.")
+
+
+class MigrationOptions(Section):
     """How an adapter is moved to another base model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     inputs: int | None = Field(
         None, ge=1, description="Synthetic inputs. Default: as many as there were rows, at most 250 (the paper's N)."

@@ -13,30 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from infra.errors import InvalidInput, RegraftError
 from training.evaluation.prompt_cache import plain_model
 from training.migration.listing import listing, parse
+from training.migration.options import SynthesisOptions
 from training.migration.sampling import sampled
 from training.migration.screening import Screen
 
 Margins = Callable[[Sequence[str]], Sequence[float]]
 
 SPARE = 1.5  # room for an item that is longer than the seeds
-
-
-class SynthesisOptions(BaseModel):
-    """How inputs are written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    items: int = Field(6, ge=1, description="How many inputs a list asks for beside the seeds.")
-    rows: int = Field(16, ge=1, description="Lists written at a time.")
-    temperature: float = Field(1.0, gt=0, description="Of the sampling.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
-    most_tries: int = Field(20, ge=1, description="Written inputs for each that is wanted, after which to give up.")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tests.training.methods.backbones import BACKBONES, loss
 from tests.training.tiny_training import OPTIONS, run, same_bits
 from training.methods.adalora import METHOD, AdaLoraAdapted, Allocation
 from training.methods.contract import AttachContext
-from training.recipe import TrainingOptions
+from training.options import TrainingOptions
 
 BATCH = BACKBONES["llama"].batch()
 FAST = {"rank": 2, "initial_rank": 4, "warmup": 0.2, "final": 0.3, "interval": 2}

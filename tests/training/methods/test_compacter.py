@@ -18,7 +18,7 @@ from training.methods.catalog import get_method
 from training.methods.compacter import Rule, transposed
 from training.methods.contract import AttachContext
 from training.methods.injected import PREFIX, InjectedAdapted
-from training.recipe import TrainingOptions
+from training.options import TrainingOptions
 
 METHOD = get_method("compacter")
 BATCH = BACKBONES["llama"].batch()

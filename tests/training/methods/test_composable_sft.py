@@ -19,7 +19,8 @@ from training.methods.composable_sft import METHOD, ComposableSftAdapted, Compos
 from training.methods.contract import AttachContext
 from training.methods.injected import base_of
 from training.methods.sparse_delta import largest
-from training.recipe import TrainingOptions, load_recipe
+from training.options import TrainingOptions
+from training.recipe import load_recipe
 
 BATCH = BACKBONES["llama"].batch()
 

@@ -11,7 +11,7 @@ from tests.training.methods.backbones import BACKBONES, logits, train
 from tests.training.tiny_training import OPTIONS, run, same_bits
 from training.methods.contract import AttachContext
 from training.methods.cpt import METHOD, CptAdapted
-from training.recipe import TrainingOptions
+from training.options import TrainingOptions
 
 BATCH = {"input_ids": BACKBONES["llama"].batch()["input_ids"]}
 SHOWN = [{"input": "2+3", "output": "5"}, {"input": "4+4", "output": "8"}]

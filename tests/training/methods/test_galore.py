@@ -22,8 +22,9 @@ from training.methods.contract import AttachContext
 from training.methods.galore import GaloreAdapted
 from training.methods.natural_galore import NaturalProjectedAdamW, natural
 from training.methods.projected_adamw import ProjectedAdamW
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import Recipe, TrainingOptions
+from training.recipe import Recipe
 from training.trainer import train_recipe
 
 BATCH = BACKBONES["llama"].batch()

@@ -18,8 +18,9 @@ from tests.training.tiny_training import EXAMPLES, OPTIONS, run, same_bits
 from training.methods.catalog import get_method
 from training.methods.contract import AttachContext
 from training.methods.lisa import METHOD, LisaAdapted, LisaConfig
+from training.options import TrainingOptions
 from training.progress import OnEvent, TrainingEvent
-from training.recipe import Recipe, TrainingOptions, recipe_from
+from training.recipe import Recipe, recipe_from
 
 BATCH = BACKBONES["llama"].batch()
 BLOCKS = 6

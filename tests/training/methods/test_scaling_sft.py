@@ -21,7 +21,7 @@ from tests.training.tiny_training import run, same_bits
 from training.methods.contract import AttachContext
 from training.methods.scaling_sft import METHOD, ScalingSftAdapted, ScalingSftConfig, best_products
 from training.methods.sparse_delta import check_indices, shares
-from training.recipe import TrainingOptions
+from training.options import TrainingOptions
 
 BATCH = BACKBONES["llama"].batch()
 GROWTHS = ["accumulated-gradient", "momentum"]

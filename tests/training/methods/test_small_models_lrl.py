@@ -22,7 +22,7 @@ from training.methods.contract import AttachContext
 from training.methods.injected import PREFIX, InjectedAdapted
 from training.methods.small_models_lrl import Nice
 from training.objectives.masked_lm import MaskedLM
-from training.recipe import TrainingOptions
+from training.options import TrainingOptions
 from training.trainer import train as train_by_trainer
 
 METHOD = get_method("small-models-lrl")

@@ -11,14 +11,14 @@ from tests.tiny_models import tiny_llama, tiny_tokenizer
 from training.adapter_files import attach_stored, write_adapter
 from training.migration.discriminator import (
     Discriminator,
-    DiscriminatorOptions,
     Judged,
     Question,
     judged,
     train_discriminator,
 )
+from training.migration.options import DiscriminatorOptions
+from training.options import TrainingOptions
 from training.progress import TrainingEvent
-from training.recipe import TrainingOptions
 
 OPTIONS = DiscriminatorOptions(training=TrainingOptions(steps=100, batch_size=16, learning_rate=1e-2))
 

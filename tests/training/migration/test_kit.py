@@ -11,10 +11,9 @@ from infra.errors import BaseModelMismatch, Conflict, CorruptArtifact, InvalidIn
 from tests.tiny_models import save_tiny_llama
 from training.base_models import LoadedBase, load_base
 from training.data.example import Example
-from training.migration.discriminator import DiscriminatorOptions
-from training.migration.kit import Kit, KitOptions, build_kit, load_discriminator, read_kit, redaction
-from training.migration.synthesis import SynthesisOptions
-from training.recipe import TrainingOptions
+from training.migration.kit import Kit, build_kit, load_discriminator, read_kit, redaction
+from training.migration.options import DiscriminatorOptions, KitOptions, SynthesisOptions
+from training.options import TrainingOptions
 
 RNG = random.Random(0)
 EXAMPLES = [
@@ -85,14 +84,14 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: Path, base: LoadedBase, monk
 
 
 def test_a_kit_without_a_discriminator_takes_no_model(tmp_path: Path, base: LoadedBase) -> None:
-    kit = build(tmp_path / "kit", base, OPTIONS.model_copy(update={"discriminator": None, "seeds": 3}))
+    kit = build(tmp_path / "kit", base, OPTIONS.model_copy(update={"filtered": False, "seeds": 3}))
     assert kit.discriminator is None and len(kit.seeds) == 3
     assert [path.name for path in (tmp_path / "kit").iterdir()] == ["kit.json"]
     assert not hasattr(base.model, "peft_config")
 
 
 def test_seeds_go_through_the_redaction(tmp_path: Path, base: LoadedBase) -> None:
-    hidden = KitOptions(discriminator=None, redact="tests.training.migration.test_kit:starred")
+    hidden = KitOptions(filtered=False, redact="tests.training.migration.test_kit:starred")
     kit = build(tmp_path / "kit", base, hidden)
     assert all("a" not in seed.prompt and set(seed.completion) <= set("yesnvr") for seed in kit.seeds)
     assert any("*" in seed.prompt for seed in kit.seeds)
