@@ -48,7 +48,8 @@ def migrate(
     """
     from cli.session import connect_flows, live_progress
     from cli.train import overrides
-    from flows.migrate_adapter import migrate_adapter, plan_migration
+    from flows.migrate_adapter import migrate_adapter
+    from flows.migration_plan import plan_migration
     from flows.suites import suites_for
     from registry import AdapterRegistry
     from training.migration.options import options_from

@@ -18,7 +18,8 @@ from registry import journal, versions
 from registry.artifacts import ArtifactStore
 from registry.content_store import manifest_of
 from registry.database import Database
-from registry.models import Attachment, JournalState, Version
+from registry.models import Adapter, Attachment, BaseModel, JournalState, Version
+from registry.records import AttachmentRecord
 from registry.registration import delete_if_unused
 
 KIND = "attach"
@@ -103,6 +104,26 @@ def newest(session: Session, version: Version, relation: str) -> Attachment | No
         Attachment.version_id == version.id, Attachment.relation == relation, Attachment.ready
     )
     return session.scalar(query.order_by(Attachment.id.desc()).limit(1))
+
+
+def on_base(session: Session, base: BaseModel, relation: str) -> dict[str, AttachmentRecord]:
+    """The ones of a relation that are in force, of all versions on a base model, by address; one query, no rows."""
+    query = (
+        select(
+            Adapter.name,
+            Version.number,
+            Attachment.artifact_sha256,
+            Attachment.size_bytes,
+            Attachment.details,
+            Attachment.created_at,
+        )
+        .join(Version, Version.id == Attachment.version_id)
+        .join(Adapter, Adapter.id == Version.adapter_id)
+        .where(Version.base_model_id == base.id, Attachment.relation == relation, Attachment.ready)
+        .order_by(Attachment.id)
+    )
+    found = ((f"{name}@{number}", *rest) for name, number, *rest in session.execute(query))
+    return {address: AttachmentRecord(address, relation, *rest) for address, *rest in found}  # the last one stays
 
 
 def of_version(session: Session, version: Version) -> list[Attachment]:

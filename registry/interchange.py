@@ -21,8 +21,11 @@ def method_of(files: AdapterFiles) -> str:
 
 
 def recipe_of(files: AdapterFiles, origin: str) -> dict[str, Any]:
-    """The recipe of `regraft.json`; where there is none, a note of where the adapter came from."""
+    """The recipe of `regraft.json`; where there is none, a note of where the adapter came from.
+
+    Without what it says of a migration kit: that may name a function to call, which a stranger's files do not decide.
+    """
     recipe = (files.regraft or {}).get("recipe")
     if isinstance(recipe, dict) and recipe:
-        return recipe
+        return {key: value for key, value in recipe.items() if key != "migration_kit"}
     return {"origin": {"imported_from": origin, "adapter_config": files.config}}

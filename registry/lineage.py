@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from infra.errors import Conflict, InvalidInput
-from registry.models import LineageEdge, Version
+from registry.models import Adapter, BaseModel, LineageEdge, Version, VersionState
 from registry.records import as_json
 
 
@@ -75,6 +75,28 @@ def add_edge(session: Session, child: Version, parent: Version, relation: str, d
     if session.get(LineageEdge, (child.id, parent.id, relation)) is None:
         session.add(LineageEdge(child_id=child.id, parent_id=parent.id, relation=relation, details=dict(details)))
         session.flush()
+
+
+def children_across(session: Session, parent_base: BaseModel, child_base: BaseModel, relation: str) -> dict[str, str]:
+    """Of parents on one base model, their newest ready child by `relation` on another; addresses both."""
+    parent, child = aliased(Version), aliased(Version)
+    of_parent, of_child = aliased(Adapter), aliased(Adapter)
+    query = (
+        select(of_parent.name, parent.number, of_child.name, child.number)
+        .select_from(LineageEdge)
+        .join(parent, parent.id == LineageEdge.parent_id)
+        .join(child, child.id == LineageEdge.child_id)
+        .join(of_parent, of_parent.id == parent.adapter_id)
+        .join(of_child, of_child.id == child.adapter_id)
+        .where(
+            LineageEdge.relation == relation,
+            parent.base_model_id == parent_base.id,
+            child.base_model_id == child_base.id,
+            child.state == VersionState.READY,
+        )
+        .order_by(child.id)
+    )
+    return {f"{name}@{number}": f"{its}@{its_number}" for name, number, its, its_number in session.execute(query)}
 
 
 def graph_of(session: Session, version: Version) -> LineageGraph:

@@ -282,6 +282,11 @@ class AdapterRegistry:
                 AttachmentRecord.of(row) for row in attachments.of_version(session, versions.find(session, address))
             ]
 
+    def attachments_on(self, base: str, relation: str) -> dict[str, AttachmentRecord]:
+        """What was last attached as `relation` to each version on a base model, by address."""
+        with self.database.reading() as session:
+            return attachments.on_base(session, base_models.find(session, base), relation)
+
     def materialise_attachment(self, attachment: AttachmentRecord) -> Path:
         """A local directory with its files, every byte checked now. Shared and kept: do not write to it.
 
@@ -408,6 +413,12 @@ class AdapterRegistry:
         """A version's ancestors and descendants, across base models."""
         with self.database.reading() as session:
             return lineage.graph_of(session, versions.find(session, address))
+
+    def children_across(self, parent_base: str, child_base: str, relation: str) -> dict[str, str]:
+        """Of versions on one base model, those that have a ready child on another by `relation`: who the newest is."""
+        with self.database.reading() as session:
+            parents, children = base_models.find(session, parent_base), base_models.find(session, child_base)
+            return lineage.children_across(session, parents, children, relation)
 
     # ---- health
 

@@ -11,6 +11,7 @@ from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotFound, Serv
 from registry import AdapterRegistry
 from registry.artifacts import open_artifact_store
 from registry.models import JournalEntry, JournalState, VersionState
+from tests.registry.conftest import OTHER_BASE
 from tests.registry.test_fsck import close, mended, only, snapshots_of
 
 Register = Callable[..., str]
@@ -40,6 +41,19 @@ def test_what_is_attached_comes_back_and_a_later_one_goes_before_it(
     assert registry.attachments(address) == [second, first]
     assert registry.materialise_attachment(first) == folder, "what was there stays"
     assert registry.fsck() == []
+
+
+def test_what_is_in_force_on_a_whole_base_is_found_at_once(
+    registry: AdapterRegistry, register: Register, kit: Path
+) -> None:
+    first, second, elsewhere = register(), register("sorting"), register(base_identity=OTHER_BASE)
+    registry.attach(first, "migration_kit", kit, {"rows": 1})
+    newest = registry.attach(first, "migration_kit", kit, {"rows": 2})
+    registry.attach(first, "report", kit)
+    registry.attach(elsewhere, "migration_kit", kit)
+    assert registry.attachments_on("tiny-a", "migration_kit") == {first: newest}
+    assert registry.attachments_on("tiny-b", "migration_kit").keys() == {elsewhere}
+    assert second not in registry.attachments_on("tiny-a", "migration_kit")
 
 
 def test_only_a_ready_version_is_given_anything(

@@ -29,6 +29,21 @@ def test_a_family_reaches_up_and_down_across_bases(registry: AdapterRegistry, re
     assert (leaf.base, leaf.method, leaf.aliases) == ("tiny-b", "lora", ("challenger",))
 
 
+def test_children_on_another_base_are_found_for_a_whole_base(
+    registry: AdapterRegistry, register: Callable[..., str]
+) -> None:
+    moved, stays, merged = register(), register("sorting"), register()
+    children = [register(base_identity=OTHER_BASE) for _ in range(3)]
+    registry.add_edge(children[0], moved, "migrated_from")
+    registry.add_edge(children[1], moved, "migrated_from")
+    registry.add_edge(children[2], merged, "merged_from")
+    registry.add_edge(stays, merged, "migrated_from")  # on the same base
+    assert registry.children_across("tiny-a", "tiny-b", "migrated_from") == {moved: children[1]}
+    registry.retire(children[1])
+    assert registry.children_across("tiny-a", "tiny-b", "migrated_from") == {moved: children[0]}
+    assert registry.children_across("tiny-b", "tiny-a", "migrated_from") == {}
+
+
 def test_the_graph_has_a_json_and_a_mermaid_form(registry: AdapterRegistry, register: Callable[..., str]) -> None:
     parent, child = register(), register()
     registry.add_edge(child, parent, "compressed_from", {"codec": "compeft"})

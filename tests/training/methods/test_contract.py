@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotMergeable
 from tests.tiny_models import tiny_tokenizer
 from tests.training.methods.backbones import BACKBONES, logits, loss, train
+from training.methods.borrowing import borrowed
 from training.methods.catalog import CATALOG, get_method
 from training.methods.contract import TENSORS_FILE, Adapted, AttachContext
 from training.methods.peft_method import PeftMethod
@@ -207,6 +208,20 @@ def test_training_leaves_the_base_untouched(trial: Trial) -> None:
     adapted = trial.trained(model)
     with adapted.disabled() if trial.card.changes_base else torch.no_grad():
         assert all(torch.equal(tensor, copy) for tensor, copy in held)
+
+
+def test_a_borrowed_base_is_given_back_bare(trial: Trial) -> None:
+    if trial.card.changes_base:
+        pytest.skip("trains the base itself")
+    model = trial.build()
+    before, names = trial.logits(model), [(name, type(module)) for name, module in model.named_modules()]
+    with borrowed(model):
+        shown = trial.logits(trial.trained(model).model)
+    assert torch.equal(trial.logits(model), before)
+    assert [(name, type(module)) for name, module in model.named_modules()] == names
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with borrowed(model):
+        assert torch.equal(trial.logits(trial.trained(model).model), shown)
 
 
 def test_disabled_is_the_bare_base(trial: Trial) -> None:

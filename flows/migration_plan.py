@@ -1,0 +1,164 @@
+"""What a migration will do, and why it cannot: all that can be known before a model is loaded."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.base_models import find_base
+from flows.migration_kit import kit_of, words
+from flows.suites import Prepared, default_suites, prepare, title
+from infra.errors import InvalidInput
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from registry.addresses import adapter_name, alias_name
+from registry.records import AttachmentRecord, BaseModelRecord, VersionRecord
+from serving.loading import recipe_of
+from training.base_models import BaseFolder
+from training.data.example import Example
+from training.data.sampling import sample
+from training.data.sources import load_held_out
+from training.evaluation.suite import Suite
+from training.migration.kit import Kit
+from training.migration.options import MigrationOptions
+from training.options import TrainingOptions
+from training.recipe import Recipe
+
+MOST_INPUTS = 250  # the paper's N
+LONGER = 2  # times the longest of a few seeds, where nobody knows how long the longest of all were
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before anything is loaded."""
+
+    source: VersionRecord
+    recipe: Recipe
+    target: BaseModelRecord
+    target_folder: BaseFolder
+    student: Recipe
+    task: str
+    seeds: tuple[Example, ...]
+    inputs: int
+    longest: int
+    longest_answer: int
+    kit: Kit | None
+    kit_record: AttachmentRecord | None
+    kit_directory: Path | None
+    suites: tuple[Prepared, ...]
+    options: MigrationOptions
+
+    @property
+    def workdir(self) -> Path:
+        """Where what is done so far lies; of these settings alone."""
+        told = [
+            self.source.artifact_sha256,
+            self.target.identity_sha256,
+            self.student.as_stored(),
+            self.kit_record.artifact_sha256 if self.kit_record else [[s.prompt, s.completion] for s in self.seeds],
+            self.options.model_dump(mode="json"),
+        ]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        return get_settings().runs / f"migrate-{self.source.adapter}-{self.source.number}-{digest}"
+
+    @property
+    def filters(self) -> bool:
+        """Whether a discriminator sorts the inputs."""
+        return self.options.filtered and self.discriminator is not None
+
+    @property
+    def discriminator(self) -> float | None:
+        """Balanced accuracy of the kit's discriminator, where it has one."""
+        return self.kit.discriminator.balanced_accuracy if self.kit and self.kit.discriminator else None
+
+
+def plan_migration(
+    address: str,
+    target: str,
+    options: MigrationOptions,
+    seeds: tuple[Example, ...],
+    suites: tuple[Suite, ...],
+    evaluate: bool,
+    name: str | None,
+    promote_to: str | None,
+) -> Plan:
+    """All that can be decided, and refused, before a model is loaded. See `migrate_adapter`."""
+    registry = AdapterRegistry()
+    source = registry.get(address)
+    recipe = recipe_of(source)
+    if recipe is None:
+        raise InvalidInput(
+            f"{source.address} was imported without a recipe, so how it was asked in training is not known.",
+            "Migrate a version that was trained here.",
+        )
+    adapter_name(name or source.adapter)
+    if promote_to is not None:
+        alias_name(promote_to)
+        if not evaluate:
+            raise InvalidInput(
+                f"'{promote_to}' cannot move to a version that is not measured.",
+                "Leave out --no-evaluate, or --promote.",
+            )
+    record, folder = find_base(target)
+    if record.identity_sha256 == source.base.identity_sha256:
+        raise InvalidInput(f"{source.address} stands on {record.name} already.", "Name another base model.")
+    found = None if seeds else kit_of(source.address)
+    if found is None and not seeds:
+        raise InvalidInput(
+            f"{source.address} has no migration kit.",
+            f"While its data are at hand: regraft kit build {source.address}. Else give some examples: --seeds FILE "
+            "(weaker: nothing then tells good synthetic inputs from bad ones).",
+        )
+    kit_record, kit, kit_directory = found or (None, None, None)
+    shown = tuple(Example(seed.prompt, seed.completion) for seed in kit.seeds) if kit else seeds
+    rows = kit.rows if kit else MOST_INPUTS
+    method = options.method or recipe.method
+    student = recipe.model_copy(
+        update={
+            "adapter": name or source.adapter,
+            "base": record.name,
+            "method": method,
+            "training": _without_validation(options.training or recipe.training),
+            "migrated_from": source.address,
+        }
+    )
+    student.method_config("method")
+    chosen = (suites or default_suites(recipe)) if evaluate else ()
+    return Plan(
+        source=source,
+        recipe=recipe,
+        target=record,
+        target_folder=folder,
+        student=student,
+        task=kit.task if kit else words(recipe),
+        seeds=shown,
+        inputs=options.inputs or min(rows, MOST_INPUTS),
+        longest=kit.longest if kit else LONGER * max(len(seed.prompt) for seed in seeds),
+        longest_answer=kit.longest_answer if kit else LONGER * max(len(seed.completion) for seed in seeds),
+        kit=kit,
+        kit_record=kit_record,
+        kit_directory=kit_directory,
+        suites=tuple(_held_out(suite, recipe) for suite in chosen),
+        options=options,
+    )
+
+
+def _held_out(suite: Suite, recipe: Recipe) -> Prepared:
+    """A suite's items; of the recipe's own data no more is read than the test part."""
+    suite = suite.model_copy(update={"shots": 0})  # solved examples come from the seeds, where any are wanted
+    if suite.task is not None or recipe.data.task is not None:
+        return prepare(suite, recipe)
+    examples = load_held_out(recipe.data, suite.split, recipe.seed)
+    return Prepared(
+        title(suite, recipe),
+        suite.metric or "exact_match",
+        tuple(sample(examples, suite.samples, suite.seed)),
+        (),
+        recipe.data.instruction_text,
+        suite.max_new_tokens,
+    )
+
+
+def _without_validation(training: TrainingOptions) -> TrainingOptions:
+    """There are no validation examples: all that is synthetic is trained on."""
+    return training.model_copy(update={"validate_every": None, "early_stopping": None})
