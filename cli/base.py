@@ -80,7 +80,7 @@ def deprecate(
     if as_json:
         print_json(stranded)
         return
-    kits = {v.address for v in stranded if registry.attachment(v.address, MIGRATION_KIT)}
+    kits = registry.attachments_on(name, MIGRATION_KIT)
     console.print(f"[bold]{name}[/] is deprecated." + (f" Successor: {successor}." if successor else ""))
     rows = [
         (v.address, v.method, ", ".join(v.aliases) or "–", "yes" if v.address in kits else "–", ago(v.created_at))
@@ -88,4 +88,4 @@ def deprecate(
     ]
     show(("stranded version", "method", "~aliases", "kit", "made"), rows, "No adapter was trained on it.")
     if stranded:
-        console.print(f"[dim]next: regraft migrate {stranded[0].address} --to {successor or 'BASE'}[/]")
+        console.print(f"[dim]next: regraft migrate --all --from {name} --to {successor or 'BASE'} --dry-run[/]")

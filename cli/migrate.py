@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def migrate(
-    address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")],
+    address: Annotated[str | None, typer.Argument(help="NAME@VERSION or NAME@ALIAS; or --all --from BASE.")] = None,
+    *,
     to: Annotated[str, typer.Option("--to", metavar="BASE", help="The new base: a registered name or a reference.")],
     inputs: Annotated[
         int | None, typer.Option(min=1, help="Synthetic inputs. Default: as many as there were rows, at most 250.")
@@ -34,29 +35,47 @@ def migrate(
     promote: Annotated[
         str | None, typer.Option(metavar="ALIAS", help="Move this alias, if the new version passes and policy allows.")
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every adapter of the base that --from names.")] = False,
+    from_: Annotated[str | None, typer.Option("--from", metavar="BASE", help="With --all: the old base.")] = None,
+    alias: Annotated[str | None, typer.Option(help="With --all: only versions that this alias points at.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --all: only say what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Move a version to another base model without the data it was trained on.
+    """Move a version to another base model without the data it was trained on; or, with --all, a whole base's adapters.
 
     The new base writes inputs like the kit's seeds, the kit's discriminator keeps those that look real, the old adapter
     answers them, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same command
     goes on from there. Exit code 7: the new version is worse than the old one or the bare base; nothing is promoted.
 
+    With --all, each adapter's aliases, or else its newest version, move one after the other; what fails does not stop
+    the rest, what has moved already is left alone, and a page with all numbers is written at the end.
+
     Examples:
       [bold]regraft migrate counting@3 --to gemma-3-270m[/]
+      [bold]regraft migrate --all --from smollm2-135m --to gemma-3-270m --dry-run[/]
       [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
     """
     from cli.session import connect_flows, live_progress
     from cli.train import overrides
+    from flows.suites import suites_for
+
+    suites, changes = suites_for(task, 0, None), overrides(set_ or [])
+    if all_:
+        from cli.fleet import migrate_all
+
+        _not_with_all(address=address, seeds=seeds, name=name)
+        migrate_all(from_, to, inputs, method, filtered, changes, suites, evaluate, alias, promote, dry_run, as_json)
+        return
+    if address is None or from_ or alias or dry_run:
+        raise typer.BadParameter("Give NAME@VERSION, or --all with --from BASE, --alias and --dry-run.")
     from flows.migrate_adapter import migrate_adapter
     from flows.migration_plan import plan_migration
-    from flows.suites import suites_for
     from registry import AdapterRegistry
     from training.migration.options import options_from
 
     version = AdapterRegistry().get(address)
-    options = options_from(version.recipe, inputs, method, filtered, overrides(set_ or []))
-    shown, suites = _seeds(seeds), suites_for(task, 0, None)
+    options = options_from(version.recipe, inputs, method, filtered, changes)
+    shown = _seeds(seeds)
     plan_migration(version.address, to, options, shown, suites, evaluate, name, promote)
     connect_flows()  # what needs no server has come first
     with live_progress():
@@ -102,6 +121,12 @@ def _tell(migration: "Migration") -> None:
         tell_verdict(migration.promotion)
     elif migration.passed:
         console.print(f"[dim]next: regraft promote {migration.address} --to production[/]")
+
+
+def _not_with_all(**options: object) -> None:
+    flags = {"address": "NAME@VERSION", "name": "--as", "seeds": "--seeds"}
+    if given := [flags[option] for option, value in options.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(given)} says something of one version; --all moves a whole base's.")
 
 
 def _seeds(path: Path | None) -> "tuple[Example, ...]":

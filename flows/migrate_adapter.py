@@ -24,14 +24,14 @@ from torch import nn
 
 from flows.evaluate_adapter import record_result, run_suite
 from flows.gpu import gpu_slot
-from flows.migration_plan import Plan, plan_migration
+from flows.migration_plan import Plan, generation_of, plan_migration
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from flows.suites import Prepared
-from infra.errors import InvalidInput
+from infra.errors import Conflict, InvalidInput
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
@@ -123,6 +123,7 @@ def migrate_adapter(
     Raises:
         InvalidInput: the target is the version's own base, there is neither kit nor seeds, or held-out items cannot be
             had without reading the training data.
+        Conflict: the alias to promote to has moved meanwhile; the new version is registered.
         RegraftError: the target writes too few inputs of the kind.
     """
     began = time.monotonic()
@@ -130,10 +131,10 @@ def migrate_adapter(
     with exclusive(plan.workdir), shared_bases():
         written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
         labelled = _label(plan, written)
-        version, compared = _train_and_judge(plan, written, labelled)
+        version, compared = _train_and_judge(plan, written, labelled, began)
         shutil.rmtree(plan.workdir / "work", ignore_errors=True)
     passed = all(suite.passed for suite in compared) if compared else None
-    promotion = promote_adapter(version.address, alias=promote_to) if promote_to and passed else None
+    promotion = _promoted(plan, version) if passed else None
     rows = [{"suite": c.suite, "teacher": c.teacher[0], "bare": c.bare[0], "student": c.student[0]} for c in compared]
     report_table(version.adapter, "migration", rows)
     return Migration(
@@ -151,6 +152,20 @@ def migrate_adapter(
         promotion=promotion,
         seconds=time.monotonic() - began,
     )
+
+
+def _promoted(plan: Plan, version: VersionRecord) -> Promotion | None:
+    """Where the alias is still who it was when the migration was asked for, the gate decides."""
+    if plan.promote_to is None:
+        return None
+    if generation_of(version.adapter, plan.promote_to) != plan.held_at:
+        holder = AdapterRegistry().alias(version.adapter, plan.promote_to)
+        raise Conflict(
+            f"{plan.promote_to} has moved to {holder.address if holder else 'nobody'} while {plan.source.address} was "
+            f"being migrated; it stays there. {version.address} is registered.",
+            f"Where it is to move all the same: regraft promote {version.address} --to {plan.promote_to}",
+        )
+    return promote_adapter(version.address, alias=plan.promote_to)
 
 
 @task(task_run_name="synthesise inputs", cache_policy=NO_CACHE)
@@ -200,7 +215,7 @@ def _label(plan: Plan, pool: Pool) -> Labelled:
 
 
 @task(task_run_name="train and judge", cache_policy=NO_CACHE)
-def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled) -> tuple[VersionRecord, list[Compared]]:
+def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled, began: float) -> tuple[VersionRecord, list[Compared]]:
     registry, settings = AdapterRegistry(), get_settings()
     tags = {
         "regraft.base_model": plan.target.name,
@@ -267,7 +282,7 @@ def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled) -> tuple[Versio
                     len(labelled.examples),
                     {"migrated_from": plan.source.address, "written_by": plan.target.name},
                 ),
-                parents=[Parent(plan.source.address, "migrated_from", _details(plan, pool, labelled, compared))],
+                parents=[Parent(plan.source.address, "migrated_from", _details(plan, pool, labelled, compared, began))],
             )
     for suite, result in zip(plan.suites, student, strict=True):
         record_result(registry, version.address, suite.title, result)
@@ -344,7 +359,7 @@ def _compared(
     )
 
 
-def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Compared]) -> dict[str, Any]:
+def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Compared], began: float) -> dict[str, Any]:
     """What the lineage remembers of a migration."""
     return {
         "kit": plan.kit_record.artifact_sha256 if plan.kit_record else None,
@@ -356,5 +371,6 @@ def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Comp
         "inputs": len(labelled.examples),
         "synthetic_fingerprint": fingerprint(labelled.examples),
         "options": plan.options.model_dump(mode="json", exclude_none=True),
+        "seconds": time.monotonic() - began,
         "compared": [suite.model_dump(mode="json") for suite in compared],
     }

@@ -47,6 +47,8 @@ class Plan:
     kit_directory: Path | None
     suites: tuple[Prepared, ...]
     options: MigrationOptions
+    promote_to: str | None
+    held_at: int | None
 
     @property
     def workdir(self) -> Path:
@@ -91,7 +93,7 @@ def plan_migration(
             f"{source.address} was imported without a recipe, so how it was asked in training is not known.",
             "Migrate a version that was trained here.",
         )
-    adapter_name(name or source.adapter)
+    joined = adapter_name(name or source.adapter)
     if promote_to is not None:
         alias_name(promote_to)
         if not evaluate:
@@ -115,7 +117,7 @@ def plan_migration(
     method = options.method or recipe.method
     student = recipe.model_copy(
         update={
-            "adapter": name or source.adapter,
+            "adapter": joined,
             "base": record.name,
             "method": method,
             "training": _without_validation(options.training or recipe.training),
@@ -140,7 +142,16 @@ def plan_migration(
         kit_directory=kit_directory,
         suites=tuple(_held_out(suite, recipe) for suite in chosen),
         options=options,
+        promote_to=promote_to,
+        held_at=generation_of(joined, promote_to),
     )
+
+
+def generation_of(adapter: str, alias: str | None) -> int | None:
+    """How often an alias has moved; None where it was never set."""
+    registry = AdapterRegistry()
+    record = registry.alias(adapter, alias) if alias and registry.has_adapter(adapter) else None
+    return record.generation if record else None
 
 
 def _held_out(suite: Suite, recipe: Recipe) -> Prepared:

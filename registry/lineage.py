@@ -77,12 +77,12 @@ def add_edge(session: Session, child: Version, parent: Version, relation: str, d
         session.flush()
 
 
-def children_across(session: Session, parent_base: BaseModel, child_base: BaseModel, relation: str) -> dict[str, str]:
-    """Of parents on one base model, their newest ready child by `relation` on another; addresses both."""
+def edges_onto(session: Session, base: BaseModel, relation: str) -> list[LineageEdgeRecord]:
+    """The edges by `relation` whose child stands on a base model and is ready, oldest child first; one query."""
     parent, child = aliased(Version), aliased(Version)
     of_parent, of_child = aliased(Adapter), aliased(Adapter)
     query = (
-        select(of_parent.name, parent.number, of_child.name, child.number)
+        select(of_parent.name, parent.number, of_child.name, child.number, LineageEdge.details)
         .select_from(LineageEdge)
         .join(parent, parent.id == LineageEdge.parent_id)
         .join(child, child.id == LineageEdge.child_id)
@@ -90,13 +90,15 @@ def children_across(session: Session, parent_base: BaseModel, child_base: BaseMo
         .join(of_child, of_child.id == child.adapter_id)
         .where(
             LineageEdge.relation == relation,
-            parent.base_model_id == parent_base.id,
-            child.base_model_id == child_base.id,
+            child.base_model_id == base.id,
             child.state == VersionState.READY,
         )
         .order_by(child.id)
     )
-    return {f"{name}@{number}": f"{its}@{its_number}" for name, number, its, its_number in session.execute(query)}
+    return [
+        LineageEdgeRecord(f"{name}@{number}", f"{its_name}@{its_number}", relation, details)
+        for name, number, its_name, its_number, details in session.execute(query)
+    ]
 
 
 def graph_of(session: Session, version: Version) -> LineageGraph:

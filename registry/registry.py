@@ -19,7 +19,7 @@ from registry.database import Database
 from registry.evaluations import Details
 from registry.fsck import Finding, Fsck
 from registry.gate import Gate
-from registry.lineage import LineageGraph
+from registry.lineage import LineageEdgeRecord, LineageGraph
 from registry.models import Attachment, BaseModel, Promotion, Version
 from registry.policy import Policy
 from registry.promotion import Verdict
@@ -414,11 +414,10 @@ class AdapterRegistry:
         with self.database.reading() as session:
             return lineage.graph_of(session, versions.find(session, address))
 
-    def children_across(self, parent_base: str, child_base: str, relation: str) -> dict[str, str]:
-        """Of versions on one base model, those that have a ready child on another by `relation`: who the newest is."""
+    def edges_onto(self, base: str, relation: str) -> list[LineageEdgeRecord]:
+        """The edges by `relation` to ready versions on a base model, whatever the parents' own; oldest child first."""
         with self.database.reading() as session:
-            parents, children = base_models.find(session, parent_base), base_models.find(session, child_base)
-            return lineage.children_across(session, parents, children, relation)
+            return lineage.edges_onto(session, base_models.find(session, base), relation)
 
     # ---- health
 

@@ -56,6 +56,23 @@ class MigrationOptions(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Of what is written; items and training keep the recipe's.")
 
 
+class FleetOptions(Section):
+    """How each adapter of a fleet is moved: what is said goes on top of its own recipe."""
+
+    inputs: int | None = Field(None, ge=1, description="As of a migration.")
+    method: str | None = Field(None, description="Of the new adapters. Default: each one's own.")
+    filtered: bool = Field(True, description="As of a migration.")
+    changes: dict[str, Any] = Field({}, description="Further options of a migration, by dotted key.")
+
+    def on(self, recipe: Mapping[str, Any]) -> MigrationOptions:
+        """The options for one version, by its stored recipe.
+
+        Raises:
+            InvalidInput: a key that is no option, or a value that it cannot take.
+        """
+        return options_from(recipe, self.inputs, self.method, self.filtered, self.changes)
+
+
 def options_from(
     recipe: Mapping[str, Any], inputs: int | None, method: str | None, filtered: bool, changes: Mapping[str, Any]
 ) -> MigrationOptions:

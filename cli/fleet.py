@@ -1,0 +1,117 @@
+"""`regraft migrate --all`: a whole base model's adapters, planned, moved and told."""
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+
+from cli.console import console, measured, percent, print_json, show
+
+if TYPE_CHECKING:
+    from flows.fleet_plan import FleetPlan
+    from flows.migrate_fleet import Fleet
+    from training.evaluation.suite import Suite
+
+_MOST_SHOWN = 40
+
+
+def migrate_all(
+    source: str | None,
+    target: str,
+    inputs: int | None,
+    method: str | None,
+    filtered: bool,
+    changes: dict[str, Any],
+    suites: "tuple[Suite, ...]",
+    evaluate: bool,
+    alias: str | None,
+    promote: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """What `regraft migrate --all` does; see its help."""
+    from cli.session import connect_flows, live_progress
+    from flows.fleet_plan import plan_fleet
+    from registry.addresses import alias_name
+    from training.migration.options import FleetOptions
+
+    if source is None:
+        raise typer.BadParameter("--all needs --from BASE: the base model whose adapters are to move.")
+    for each in filter(None, (alias, promote)):
+        alias_name(each)
+    options = FleetOptions(inputs=inputs, method=method, filtered=filtered, changes=changes)
+    plan = plan_fleet(source, target, options, alias)
+    if dry_run:
+        print_json(plan) if as_json else _tell_plan(plan)
+        return
+    connect_flows()  # what needs no server has come first
+    from flows.migrate_fleet import migrate_fleet
+
+    with live_progress():
+        fleet = migrate_fleet(source, target, options, suites, evaluate, alias, promote)
+    print_json(fleet) if as_json else _tell(fleet)
+    if fleet.count("failed") or fleet.count("not as good"):
+        raise typer.Exit(7)
+
+
+def _tell_plan(plan: "FleetPlan") -> None:
+    rows = [
+        (
+            item.address,
+            ", ".join(item.aliases) or "–",
+            item.method,
+            "–" if item.kit is None else "seeds" if item.discriminator is None else percent(item.discriminator),
+            str(item.inputs),
+            "–" if item.seconds is None or item.migrated or item.obstacle else duration(item.seconds),
+            f"is {item.migrated} already" if item.migrated else escape(item.obstacle or "moves"),
+        )
+        for item in plan.items[:_MOST_SHOWN]
+    ]
+    columns = ("version", "~aliases", "method", ">kit", ">inputs", ">estimate", "~what happens")
+    show(columns, rows, f"No adapter stands on {plan.source}.")
+    if len(plan.items) > _MOST_SHOWN:
+        console.print(f"[dim]… and {len(plan.items) - _MOST_SHOWN:,} more; --json shows all[/]")
+    lacking = sum(item.obstacle is not None and item.migrated is None for item in plan.items)
+    there = sum(item.migrated is not None for item in plan.items)
+    console.print(
+        f"\n[bold]{len(plan.to_do):,}[/] of {len(plan.items):,} move from {plan.source} to {plan.target}"
+        + (f", {there:,} are there already" if there else "")
+        + (f", {lacking:,} cannot" if lacking else "")
+    )
+    if plan.seconds is not None:
+        console.print(f"about {duration(plan.seconds)} on this machine [dim](from {plan.estimate})[/]")
+
+
+def _tell(fleet: "Fleet") -> None:
+    rows = [
+        (
+            adapter.address,
+            adapter.migrated or "–",
+            *(
+                "\n".join(measured(c.metric, getattr(c, who)[0]) for c in adapter.compared) or "–"
+                for who in ("teacher", "bare", "student")
+            ),
+            "–" if adapter.acceptance is None else f"{adapter.acceptance:.0%}",
+            f"[{_COLOURS.get(adapter.decision, 'red')}]{adapter.decision}[/]"
+            + (f": {escape(adapter.problem)}" if adapter.problem else ""),
+        )
+        for adapter in fleet.adapters[:_MOST_SHOWN]
+    ]
+    columns = ("version", "new", ">old adapter", ">bare", ">new adapter", "+>real", "~decision")
+    show(columns, rows, f"No adapter stands on {fleet.source}.")
+    if len(fleet.adapters) > _MOST_SHOWN:
+        console.print(f"[dim]… and {len(fleet.adapters) - _MOST_SHOWN:,} more in the report[/]")
+    console.print(f"\n{duration(fleet.seconds)}   report: {fleet.report}", soft_wrap=True)
+    if fleet.count("failed"):
+        console.print("[dim]The same command tries again what failed, and nothing else.[/]")
+
+
+_COLOURS = {"promoted": "bold green", "as good": "green", "not measured": "yellow", "cannot move": "yellow"}
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `4 min`, `2.5 h`."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 86400:.3g} days"

@@ -1,0 +1,172 @@
+"""Which versions stand on a base model that is going away, which of them can move, in what order, and what it costs.
+
+Four queries, whatever the number of adapters; no model and no artifact is opened.
+"""
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from pydantic import BaseModel, ConfigDict
+
+from flows.migration_plan import MOST_INPUTS
+from infra.errors import InvalidInput
+from registry import AdapterRegistry
+from registry.attachments import MIGRATION_KIT
+from registry.lineage import LineageEdgeRecord
+from registry.records import AttachmentRecord, BaseModelRecord, VersionRecord
+from training.methods.catalog import get_method
+from training.migration.options import FleetOptions
+
+MIGRATED = "migrated_from"
+
+
+class FleetItem(BaseModel):
+    """One adapter of a fleet.
+
+    Attributes:
+        address: the version of it that moves: what its aliases point at, else the newest.
+        obstacle: why it cannot; None where it can.
+        kit: digest of its kit, where there is one; adapters with the same share the inputs that the target writes.
+        discriminator: the kit's balanced accuracy.
+        inputs: that the target is to write.
+        seconds: estimated; None where there is nothing to estimate from.
+        migrated: where it stands on the target already, the version that it has become.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    adapter: str
+    aliases: tuple[str, ...]
+    method: str
+    obstacle: str | None
+    kit: str | None
+    discriminator: float | None
+    inputs: int
+    seconds: float | None
+    migrated: str | None
+
+
+class FleetPlan(BaseModel):
+    """All adapters of a base model, in the order in which they will move.
+
+    Attributes:
+        source: the base model that they stand on.
+        target: the one that they move to.
+        estimate: what the seconds were estimated from.
+        items: an adapter may be there more than once, if its aliases point at several versions.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    target: str
+    estimate: str
+    items: tuple[FleetItem, ...]
+
+    @property
+    def to_do(self) -> tuple[FleetItem, ...]:
+        """What moves."""
+        return tuple(item for item in self.items if item.obstacle is None and item.migrated is None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all that moves, one after the other."""
+        known = [item.seconds for item in self.to_do if item.seconds is not None]
+        return sum(known) * len(self.to_do) / len(known) if known else None
+
+
+def plan_fleet(source: str, target: str, options: FleetOptions = FleetOptions(), alias: str | None = None) -> FleetPlan:
+    """What a fleet migration will do.
+
+    Args:
+        source: the base model that is going away, by name, reference or identity.
+        target: the base model to move to; registered, as the source is.
+        options: how each is moved.
+        alias: only versions that this alias points at. Default: every adapter's aliases, or its newest version.
+
+    Raises:
+        NotFound: no such base model or method.
+        InvalidInput: the two are the same, or options that no recipe can take.
+    """
+    registry = AdapterRegistry()
+    old, new = registry.base_model(source), registry.base_model(target)
+    if old.identity_sha256 == new.identity_sha256:
+        raise InvalidInput(f"{source} and {target} are the same base model, {old.name}.", "Name another one.")
+    if options.method is not None:
+        get_method(options.method)
+    kits = registry.attachments_on(old.name, MIGRATION_KIT)
+    before = registry.edges_onto(new.name, MIGRATED)
+    become = {edge.parent: edge.child for edge in before}
+    versions = _chosen(registry.search(base=old.name, state="ready"), alias)
+    pace = _pace(before)
+    items = [
+        _item(version, kits.get(version.address), become.get(version.address), options, old, new, pace)
+        for version in versions
+    ]
+    if pace is not None:
+        estimate = f"{len(before)} earlier migrations to {new.name}"
+    else:
+        estimate = (
+            f"the old adapters' own trainings, by the sizes of {old.name} and {new.name}; writing inputs excluded"
+        )
+    return FleetPlan(source=old.name, target=new.name, estimate=estimate, items=tuple(sorted(items, key=_order)))
+
+
+def _chosen(versions: Iterable[VersionRecord], alias: str | None) -> list[VersionRecord]:
+    """Of each adapter what its aliases point at, else the newest; `versions` come newest first."""
+    of_adapter: dict[str, list[VersionRecord]] = {}
+    for version in versions:
+        of_adapter.setdefault(version.adapter, []).append(version)
+    if alias is not None:
+        return [version for found in of_adapter.values() for version in found if alias in version.aliases]
+    return [
+        version for found in of_adapter.values() for version in ([each for each in found if each.aliases] or found[:1])
+    ]
+
+
+def _item(
+    version: VersionRecord,
+    kit: AttachmentRecord | None,
+    migrated: str | None,
+    options: FleetOptions,
+    old: BaseModelRecord,
+    new: BaseModelRecord,
+    pace: float | None,
+) -> FleetItem:
+    chosen = options.on(version.recipe)
+    obstacle = None
+    if "data" not in version.recipe:
+        obstacle = "imported without a recipe"
+    elif kit is None:
+        obstacle = "no migration kit"
+    rows = int(kit.details["rows"]) if kit else MOST_INPUTS
+    inputs = chosen.inputs or min(rows, MOST_INPUTS)
+    seconds = version.metrics.get("seconds")
+    if pace is not None:
+        seconds = pace * inputs
+    elif seconds is not None:
+        seconds *= new.parameters / old.parameters
+    return FleetItem(
+        address=version.address,
+        adapter=version.adapter,
+        aliases=version.aliases,
+        method=chosen.method.name if chosen.method else version.method,
+        obstacle=obstacle,
+        kit=kit.artifact_sha256 if kit else None,
+        discriminator=kit.details.get("discriminator") if kit else None,
+        inputs=inputs,
+        seconds=seconds,
+        migrated=migrated,
+    )
+
+
+def _pace(before: Sequence[LineageEdgeRecord]) -> float | None:
+    """Seconds for each input, of the migrations that there were."""
+    known = [e.details["seconds"] / e.details["inputs"] for e in before if e.details.get("seconds")]
+    return median(known) if known else None
+
+
+def _order(item: FleetItem) -> tuple[bool, bool, str, str]:
+    """Production first, then other aliases, then the rest; what shares a kit together."""
+    return ("production" not in item.aliases, not item.aliases, item.kit or "", item.address)

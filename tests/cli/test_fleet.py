@@ -1,0 +1,187 @@
+"""`regraft migrate --all`: a whole base's adapters move; one that cannot stops no other; what is done stays done."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from registry.attachments import MIGRATION_KIT
+from tests.cli.conftest import WriteRecipe, ended, run_here, started
+from tests.cli.test_kit import ROWS
+from tests.cli.test_lifecycle import clean
+from tests.cli.test_migrate import LEARNT
+from tests.tiny_models import save_tiny_gemma, save_tiny_llama
+from training.migration import synthesis
+
+pytestmark = pytest.mark.services
+
+TO = ("--all", "--from", "fleet-old", "--to", "fleet-new")
+SHORT = ("--no-filter", "--inputs", "6", "--set", "synthesis.items=2", "--set", "training.steps=60")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fleet-data")
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[:40]))
+    (folder / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[40:]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory, data: Path) -> str:
+    """A version with a kit, on the base that goes away."""
+    get_settings.cache_clear()
+    bases = tmp_path_factory.mktemp("bases")
+    for name, reference in (("old", save_tiny_llama(bases / "old", seed=83)), ("new", save_tiny_gemma(bases / "new"))):
+        clean(run_here("base", "add", f"path:{reference}", "--name", f"fleet-{name}"))
+    held_out = {"file": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "fractions": {"validation": 0.1}}
+    recipe = write_recipe(
+        "fleet-a", base="fleet-old", data=held_out, training=LEARNT, migration_kit={"filtered": False}
+    )
+    address: str = json.loads(clean(run_here("train", str(recipe), "--json", "--no-evaluate")))["address"]
+    (data / "train.jsonl").unlink()
+    return address
+
+
+def copy(address: str, name: str, **changes: Any) -> str:
+    """The version once more, under another adapter's name; `kit=False` leaves its kit out."""
+    registry = AdapterRegistry()
+    version = registry.get(address)
+    kit = registry.attachment(address, MIGRATION_KIT)
+    assert kit is not None
+    recipe = {**version.recipe, **changes.get("recipe", {})}
+    made = registry.register_version(
+        name,
+        registry.materialise(address),
+        base_identity=version.base.identity_sha256,
+        method=version.method,
+        recipe={key: value for key, value in recipe.items() if value is not None},
+        trainable_parameters=version.trainable_parameters,
+        metrics=version.metrics,
+    )
+    if changes.get("kit", True):
+        registry.attach(made.address, MIGRATION_KIT, registry.materialise_attachment(kit), kit.details)
+    return made.address
+
+
+@pytest.fixture(scope="module")
+def fleet(first: str, data: Path) -> dict[str, str]:
+    """Four more adapters: one in use, one whose test items are gone, one without a kit, one from elsewhere."""
+    registry = AdapterRegistry()
+    gone = {**registry.get(first).recipe["data"], "test": str(data / "gone.jsonl")}
+    made = {
+        "used": copy(first, "fleet-b"),
+        "fails": copy(first, "fleet-c", recipe={"data": gone}),
+        "bare": copy(first, "fleet-d", kit=False),
+        "foreign": copy(first, "fleet-e", recipe={"data": None}, kit=False),
+    }
+    registry.set_alias(made["used"], "challenger", actor="ada")
+    return made
+
+
+def test_a_plan_says_who_moves_in_what_order_and_who_cannot(first: str, fleet: dict[str, str]) -> None:
+    plan = json.loads(clean(run_here("migrate", *TO, *SHORT, "--dry-run", "--json")))
+    assert plan["items"][0]["address"] == fleet["used"], "what is in use comes first"
+    obstacles = {item["address"]: item["obstacle"] for item in plan["items"]}
+    assert obstacles == {
+        first: None,
+        fleet["used"]: None,
+        fleet["fails"]: None,
+        fleet["bare"]: "no migration kit",
+        fleet["foreign"]: "imported without a recipe",
+    }
+    assert {item["inputs"] for item in plan["items"]} == {6}
+    told = " ".join(clean(run_here("migrate", *TO, *SHORT, "--dry-run")).split())
+    assert "3 of 5 move from fleet-old to fleet-new, 2 cannot" in told and "trainings" in told
+    assert not list(get_settings().runs.glob("fleet-old-*"))
+    only = json.loads(clean(run_here("migrate", *TO, "--alias", "challenger", "--dry-run", "--json")))
+    assert [item["address"] for item in only["items"]] == [fleet["used"]]
+
+
+def test_what_cannot_be_meant_is_refused(first: str) -> None:
+    for arguments, code, told in (
+        (("--all", "--to", "fleet-new"), 2, "--from BASE"),
+        ((first, *TO), 2, "NAME@VERSION says something of one version"),
+        (("--to", "fleet-new"), 2, "or --all with --from BASE"),
+        (("--all", "--from", "fleet-old", "--to", "fleet-old"), 2, "the same base model"),
+        (("--all", "--from", "nowhere", "--to", "fleet-new"), 3, "no base model 'nowhere'"),
+        (("--all", "--from", "fleet-old", "--to", "nowhere"), 3, "no base model 'nowhere'"),
+        ((*TO, "--method", "lorra", "--dry-run"), 3, "Did you mean 'lora'?"),
+        ((*TO, "--set", "training.stesp=3", "--dry-run"), 2, "stesp is not an option"),
+    ):
+        result = run_here("migrate", *arguments)
+        shown = " ".join(result.err.replace("│", " ").split())
+        assert (result.code, told in shown) == (code, True), (arguments, result.err)
+
+
+def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
+    first: str, fleet: dict[str, str], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        written.append(1)
+        return synthesis_sampled(*arguments, **options)
+
+    synthesis_sampled = synthesis.sampled
+    monkeypatch.setattr("training.migration.synthesis.sampled", counted)
+    result = run_here("migrate", *TO, *SHORT, "--json")
+    moved = {adapter["address"]: adapter for adapter in json.loads(result.out)["adapters"]}
+    assert result.code == 7
+    assert "gone.jsonl" in moved[fleet["fails"]]["problem"]
+    assert moved[fleet["fails"]]["decision"] == "failed"
+    assert moved[fleet["bare"]]["decision"] == "cannot move"
+    for address in (first, fleet["used"]):
+        assert moved[address]["decision"] in ("as good", "not as good")
+        assert moved[address]["compared"][0]["samples"] == 20
+    rounds = len(written)
+    shutil.copy(data / "test.jsonl", data / "gone.jsonl")
+    again = run_here("migrate", *TO, *SHORT, "--json")
+    assert len(written) == rounds, "three adapters of one kit share what the target wrote"
+    told = {adapter["address"]: adapter for adapter in json.loads(again.out)["adapters"]}
+    assert told[fleet["fails"]]["decision"] in ("as good", "not as good")
+    assert told[first] == moved[first]
+    registry = AdapterRegistry()
+    assert {name: len(registry.versions(name)) for name in ("fleet-a", "fleet-b", "fleet-c", "fleet-d")} == {
+        "fleet-a": 2,
+        "fleet-b": 2,
+        "fleet-c": 2,
+        "fleet-d": 1,
+    }
+    page = Path(json.loads(again.out)["report"]).read_text()
+    assert all(address in page for address in moved) and page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    assert registry.fsck() == []
+    plan = " ".join(clean(run_here("migrate", *TO, "--dry-run")).split())
+    assert "0 of 5 move" in plan and "3 are there already" in plan
+
+
+@pytest.mark.slow
+def test_fifty_move_and_a_kill_in_the_middle_loses_nothing(first: str) -> None:
+    registry = AdapterRegistry()
+    names = [f"fifty-{number:02d}" for number in range(50)]
+    for name in names:
+        copy(first, name)
+    options = ("migrate", *TO, "--no-filter", "--inputs", "4", "--set", "synthesis.items=2")
+    options += ("--set", "training.steps=5", "--no-evaluate")
+    process = started(*options, REGRAFT_HOME=str(get_settings().home))
+    while sum(len(registry.versions(name)) > 1 for name in names) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {name: [version.address for version in registry.versions(name)] for name in names}
+    assert ended(started(*options, REGRAFT_HOME=str(get_settings().home))).code in (0, 7)  # others were here before
+    after = {name: [version.address for version in registry.versions(name)] for name in names}
+    assert all(len(addresses) == 2 for addresses in after.values())
+    assert all(set(before[name]) <= set(after[name]) for name in names)
+    assert registry.fsck() == []
