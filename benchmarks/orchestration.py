@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of the long training")
     parser.add_argument("--repeats", type=int, default=3, help="of the short training")
     options = parser.parse_args()
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, {"migration_kit": False})
 
     def of(steps: int) -> Recipe:
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
