@@ -16,14 +16,20 @@ app = typer.Typer(
 @app.command("build")
 def build(
     address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS, trained here, its data still at hand.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Examples that are kept for ever.")] = 5,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Examples that are kept for ever; 5 unless told.")] = None,
     redact: Annotated[
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="From text to text; what is kept goes through it.")
     ] = None,
     discriminator: Annotated[
-        bool, typer.Option(help="Train a small adapter that tells real inputs from written ones.")
-    ] = True,
-    inputs: Annotated[int, typer.Option(min=2, help="Most real, and most written, inputs that it is shown.")] = 250,
+        bool | None,
+        typer.Option(
+            "--discriminator/--no-discriminator",
+            help="Train a small adapter that tells real inputs from written ones; yes unless told.",
+        ),
+    ] = None,
+    inputs: Annotated[
+        int | None, typer.Option(min=2, help="Most real, and most written, inputs that it is shown; 250 unless told.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="The task's name in words. Default: the recipe's.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Although the version has a kit.")] = False,
     as_json: Json = False,
@@ -31,7 +37,8 @@ def build(
     """Choose seed examples and train a discriminator, and keep both with the version.
 
     Seeds are rows of the data, word for word: look at them (regraft kit show), or give --redact. The discriminator was
-    trained on the data and may tell something of them, as the adapter itself may.
+    trained on the data and may tell something of them, as the adapter itself may. What is not said here is as the
+    version's recipe says under migration_kit.
 
     Examples:
       [bold]regraft kit build counting@3[/]
@@ -44,19 +51,22 @@ def build(
     from training.migration.options import KitOptions
 
     registry = AdapterRegistry()
-    buildable(registry.get(address), registry, again)
-    redaction(redact)
+    recipe = buildable(registry.get(address), registry, again)
+    said = {"seeds": seeds, "redact": redact, "inputs": inputs, "filtered": discriminator}
+    options = (recipe.migration_kit or KitOptions()).model_copy(
+        update={option: value for option, value in said.items() if value is not None}
+    )
+    redaction(options.redact)
     connect_flows()  # what needs no server has come first
-    options = KitOptions(seeds=seeds, redact=redact, inputs=inputs, filtered=discriminator)
     with live_progress():
         record = build_migration_kit(address, options, task, again)
     if as_json:
         print_json(record)
         return
-    said = record.details
+    told = record.details
     console.print(f"[bold green]✓[/] migration kit of [bold]{record.address}[/]  {size(record.size_bytes)}")
-    judged = "none" if said["discriminator"] is None else _accuracy(said["discriminator"], said["judged_on"])
-    facts((("seeds", str(said["seeds"])), ("of rows", f"{said['rows']:,}"), ("discriminator", judged)))
+    judged = "none" if told["discriminator"] is None else _accuracy(told["discriminator"], told["judged_on"])
+    facts((("seeds", str(told["seeds"])), ("of rows", f"{told['rows']:,}"), ("discriminator", judged)))
 
 
 @app.command("show")

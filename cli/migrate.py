@@ -9,7 +9,7 @@ from rich.markup import escape
 from cli.console import Json, console, facts, measured, print_json, show
 
 if TYPE_CHECKING:
-    from flows.migrate_adapter import Migration
+    from flows.migrate_adapter import Link, Migration
     from training.data.example import Example
 
 
@@ -113,6 +113,8 @@ def _tell(migration: "Migration") -> None:
             for c in migration.compared
         ]
         show(("", "~suite", ">old adapter", ">bare target", ">new adapter", ">samples"), rows, "")
+    if migration.chain:
+        _tell_chain(migration)
     if migration.passed is False:
         console.print("[bold red]not as good[/] as the better of old adapter and bare target; registered all the same.")
     if migration.promotion is not None:
@@ -121,6 +123,18 @@ def _tell(migration: "Migration") -> None:
         tell_verdict(migration.promotion)
     elif migration.passed:
         console.print(f"[dim]next: regraft promote {migration.address} --to production[/]")
+
+
+def _tell_chain(migration: "Migration") -> None:
+    """What each step from base to base has cost, or brought."""
+    console.print()
+    metrics = {suite.suite: suite.metric for suite in migration.compared}
+
+    def told(link: "Link", suite: str) -> str:
+        return measured(metrics[suite], *link.measured[suite]) if suite in link.measured else "–"
+
+    rows = [(link.address, link.base, *(told(link, suite) for suite in metrics)) for link in migration.chain]
+    show(("chain", "base", *(f">{suite}" for suite in metrics)), rows, "")
 
 
 def _not_with_all(**options: object) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.migration_plan import MOST_INPUTS
+from flows.migration_plan import MIGRATED, MOST_INPUTS
 from infra.errors import InvalidInput
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
@@ -16,8 +16,6 @@ from registry.lineage import LineageEdgeRecord
 from registry.records import AttachmentRecord, BaseModelRecord, VersionRecord
 from training.methods.catalog import get_method
 from training.migration.options import FleetOptions
-
-MIGRATED = "migrated_from"
 
 
 class FleetItem(BaseModel):

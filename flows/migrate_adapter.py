@@ -24,7 +24,7 @@ from torch import nn
 
 from flows.evaluate_adapter import record_result, run_suite
 from flows.gpu import gpu_slot
-from flows.migration_plan import Plan, generation_of, plan_migration
+from flows.migration_plan import MIGRATED, Plan, generation_of, plan_migration
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
@@ -73,8 +73,21 @@ class Compared(BaseModel):
     passed: bool
 
 
+class Link(BaseModel):
+    """A version in a chain of migrations, and what it measured: suite → value and 95 % interval, each its newest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    base: str
+    measured: dict[str, tuple[float, float | None, float | None]]
+
+
 class Migration(BaseModel):
-    """What a migration made, and what was decided about it."""
+    """What a migration made, and what was decided about it.
+
+    `chain` leads from the version that was trained to this one, where there is more than one migration between them.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,6 +101,7 @@ class Migration(BaseModel):
     acceptance: float | None
     discriminator: float | None
     compared: list[Compared]
+    chain: list[Link]
     passed: bool | None
     promotion: Promotion | None
     seconds: float
@@ -148,10 +162,28 @@ def migrate_adapter(
         acceptance=written.acceptance if plan.filters else None,
         discriminator=plan.discriminator,
         compared=compared,
+        chain=_chain(version.address, [suite.title for suite in plan.suites]),
         passed=passed,
         promotion=promotion,
         seconds=time.monotonic() - began,
     )
+
+
+def _chain(address: str, suites: Sequence[str]) -> list[Link]:
+    registry = AdapterRegistry()
+    graph = registry.lineage(address)
+    parents = {edge.child: edge.parent for edge in graph.edges if edge.relation == MIGRATED}
+    bases = {node.address: node.base for node in graph.nodes}
+    chain = [address]
+    while chain[0] in parents:
+        chain.insert(0, parents[chain[0]])
+    return [_link(registry, each, bases[each], suites) for each in chain] if len(chain) > 2 else []
+
+
+def _link(registry: AdapterRegistry, address: str, base: str, suites: Sequence[str]) -> Link:
+    newest_last = reversed(registry.evaluations(address))
+    measured = {e.suite: (e.value, e.low, e.high) for e in newest_last if e.suite in suites}
+    return Link(address=address, base=base, measured=measured)
 
 
 def _promoted(plan: Plan, version: VersionRecord) -> Promotion | None:
@@ -282,7 +314,7 @@ def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled, began: float) -
                     len(labelled.examples),
                     {"migrated_from": plan.source.address, "written_by": plan.target.name},
                 ),
-                parents=[Parent(plan.source.address, "migrated_from", _details(plan, pool, labelled, compared, began))],
+                parents=[Parent(plan.source.address, MIGRATED, _details(plan, pool, labelled, compared, began))],
             )
     for suite, result in zip(plan.suites, student, strict=True):
         record_result(registry, version.address, suite.title, result)

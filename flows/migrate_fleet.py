@@ -13,9 +13,10 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
-from flows.fleet_plan import MIGRATED, FleetItem, FleetPlan, plan_fleet
+from flows.fleet_plan import FleetItem, FleetPlan, plan_fleet
 from flows.fleet_report import fleet_page
 from flows.migrate_adapter import Compared, migrate_adapter
+from flows.migration_plan import MIGRATED
 from flows.progress import Stage
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted

@@ -115,15 +115,18 @@ def keep_kit(version: VersionRecord, recipe: Recipe) -> AttachmentRecord | None:
     try:
         try:
             return build_migration_kit(version.address, options)
-        except RegraftError as error:
-            if isinstance(error, Interrupted) or not options.filtered:
+        except Interrupted:
+            raise
+        except Exception as error:
+            if not options.filtered:
                 raise
-            logger.warning("%s keeps a kit without a discriminator: %s", version.address, error.what)
+            what = error.what if isinstance(error, RegraftError) else repr(error)
+            logger.warning("%s keeps a kit without a discriminator: %s", version.address, what)
             return build_migration_kit(version.address, options.model_copy(update={"filtered": False}))
     except Interrupted:
         what = f"{version.address} is trained and registered; its migration kit is not built yet."
         raise Interrupted(what, f"To go on with it: regraft kit build {version.address}") from None
-    except RegraftError as error:
+    except Exception as error:  # whatever it is, the version is there
         logger.warning("%s has no migration kit: %s", version.address, error)
         return None
 

@@ -24,6 +24,7 @@ from training.migration.options import MigrationOptions
 from training.options import TrainingOptions
 from training.recipe import Recipe
 
+MIGRATED = "migrated_from"
 MOST_INPUTS = 250  # the paper's N
 LONGER = 2  # times the longest of a few seeds, where nobody knows how long the longest of all were
 

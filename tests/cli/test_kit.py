@@ -115,6 +115,9 @@ def test_a_kit_that_cannot_be_built_leaves_the_training_what_it_is(
     result = run_here("train", str(recipe), "--no-evaluate", "--set", "seed=3")
     assert result.code == 130
     assert "poorly@2 is trained and registered" in result.err and "regraft kit build poorly@2" in result.err
+    monkeypatch.undo()
+    built = json.loads(clean(run_here("kit", "build", "poorly@2", "--seeds", "3", "--json")))
+    assert (built["details"]["seeds"], built["details"]["judged_on"]) == (3, 2), "the rest is as the recipe says"
 
 
 def test_what_cannot_be_built_or_shown_says_why(trained: str, tmp_path: Path) -> None:
