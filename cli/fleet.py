@@ -1,11 +1,12 @@
 """`regraft migrate --all`: a whole base model's adapters, planned, moved and told."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 
-from cli.console import console, measured, percent, print_json, show
+from cli.console import console, measured, percent, print_json, show, table
 
 if TYPE_CHECKING:
     from flows.fleet_plan import FleetPlan
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from training.evaluation.suite import Suite
 
 _MOST_SHOWN = 40
+_MOST_WATCHED = 15
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def migrate_all(
@@ -35,8 +38,7 @@ def migrate_all(
     from registry.addresses import alias_name
     from training.migration.options import FleetOptions
 
-    if source is None:
-        raise typer.BadParameter("--all needs --from BASE: the base model whose adapters are to move.")
+    source = _required(source)
     for each in filter(None, (alias, promote)):
         alias_name(each)
     options = FleetOptions(inputs=inputs, method=method, filtered=filtered, changes=changes)
@@ -52,6 +54,44 @@ def migrate_all(
     print_json(fleet) if as_json else _tell(fleet)
     if fleet.count("failed") or fleet.count("not as good"):
         raise typer.Exit(7)
+
+
+def watch_all(source: str | None, target: str, as_json: bool) -> None:
+    """Show where a fleet is until it has ended; it does not matter who runs it, nor if this is closed."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from flows.fleet_board import WAITING, is_running, read_board
+    from registry import AdapterRegistry
+
+    registry = AdapterRegistry()
+    old, new = (registry.base_model(base).name for base in (_required(source), target))
+    if as_json:
+        print_json({"board": read_board(old, new), "running": is_running(old, new)})
+        return
+
+    def shown() -> Group:
+        board = read_board(old, new)
+        counts = "   ".join(f"{number:,} {state}" for state, number in board.counts.items())
+        begun = [place for place in board.places if place.state != WAITING]
+        grid = table("version", "state", "~")
+        for place in begun[-_MOST_WATCHED:]:
+            grid.add_row(place.address, f"[{_COLOURS.get(place.state, 'red')}]{place.state}[/]", escape(place.note))
+        return Group(Text(f"{old} → {new}   {counts}"), Text(), grid)
+
+    with Live(shown(), console=console, refresh_per_second=2) as live:
+        while is_running(old, new):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            live.update(shown())
+        live.update(shown())
+    console.print("[dim]Nobody is at work on it now.[/]")
+
+
+def _required(source: str | None) -> str:
+    if source is None:
+        raise typer.BadParameter("--all needs --from BASE: the base model whose adapters are to move.")
+    return source
 
 
 def _tell_plan(plan: "FleetPlan") -> None:
@@ -106,7 +146,14 @@ def _tell(fleet: "Fleet") -> None:
         console.print("[dim]The same command tries again what failed, and nothing else.[/]")
 
 
-_COLOURS = {"promoted": "bold green", "as good": "green", "not measured": "yellow", "cannot move": "yellow"}
+_COLOURS = {
+    "promoted": "bold green",
+    "as good": "green",
+    "moved": "green",
+    "moving": "bold",
+    "not measured": "yellow",
+    "cannot move": "yellow",
+}
 
 
 def duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ def migrate(
     from_: Annotated[str | None, typer.Option("--from", metavar="BASE", help="With --all: the old base.")] = None,
     alias: Annotated[str | None, typer.Option(help="With --all: only versions that this alias points at.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --all: only say what would be done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="With --all: look on while another process does it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Move a version to another base model without the data it was trained on; or, with --all, a whole base's adapters.
@@ -53,6 +54,7 @@ def migrate(
     Examples:
       [bold]regraft migrate counting@3 --to gemma-3-270m[/]
       [bold]regraft migrate --all --from smollm2-135m --to gemma-3-270m --dry-run[/]
+      [bold]regraft migrate --all --from smollm2-135m --to gemma-3-270m --watch[/]  (from another terminal)
       [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
     """
     from cli.session import connect_flows, live_progress
@@ -61,13 +63,16 @@ def migrate(
 
     suites, changes = suites_for(task, 0, None), overrides(set_ or [])
     if all_:
-        from cli.fleet import migrate_all
+        from cli.fleet import migrate_all, watch_all
 
         _not_with_all(address=address, seeds=seeds, name=name)
+        if watch:
+            watch_all(from_, to, as_json)
+            return
         migrate_all(from_, to, inputs, method, filtered, changes, suites, evaluate, alias, promote, dry_run, as_json)
         return
-    if address is None or from_ or alias or dry_run:
-        raise typer.BadParameter("Give NAME@VERSION, or --all with --from BASE, --alias and --dry-run.")
+    if address is None or from_ or alias or dry_run or watch:
+        raise typer.BadParameter("Give NAME@VERSION, or --all with --from BASE, --alias, --dry-run and --watch.")
     from flows.migrate_adapter import migrate_adapter
     from flows.migration_plan import plan_migration
     from registry import AdapterRegistry

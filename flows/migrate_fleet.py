@@ -13,15 +13,15 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
+from flows.fleet_board import WAITING, Board, fleet_directory
 from flows.fleet_plan import FleetItem, FleetPlan, plan_fleet
 from flows.fleet_report import fleet_page
 from flows.migrate_adapter import Compared, migrate_adapter
 from flows.migration_plan import MIGRATED
-from flows.progress import Stage
+from flows.progress import Stage, listening
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from infra.errors import Interrupted, RegraftError
-from infra.settings import get_settings
 from registry import AdapterRegistry
 from training.checkpoints import exclusive
 from training.evaluation.suite import Suite
@@ -95,27 +95,34 @@ def migrate_fleet(
     """
     began = time.monotonic()
     plan = plan_fleet(source, target, options, alias)
-    registry, workdir = AdapterRegistry(), get_settings().runs / f"fleet-{plan.source}-{plan.target}"
+    registry, workdir = AdapterRegistry(), fleet_directory(plan.source, plan.target)
     stage = Stage(f"migrate {plan.source} to {plan.target}")
     problems: dict[str, str] = {}
     with exclusive(workdir), shared_bases():
+        board = Board(plan.source, plan.target, [item.address for item in plan.to_do])
         for done, item in enumerate(plan.to_do):
             stage(done, len(plan.to_do), item.address)
+            board.moving(item.address)
             try:
-                migrate_adapter(
-                    item.address,
-                    plan.target,
-                    options.on(registry.get(item.address).recipe),
-                    suites=suites,
-                    evaluate=evaluate,
-                    promote_to=promote_to if promote_to in item.aliases else None,
-                    pool=workdir / "pools" / f"{_pool(item, options)}.jsonl",
-                )
+                with listening(board.hear):
+                    migration = migrate_adapter(
+                        item.address,
+                        plan.target,
+                        options.on(registry.get(item.address).recipe),
+                        suites=suites,
+                        evaluate=evaluate,
+                        promote_to=promote_to if promote_to in item.aliases else None,
+                        pool=workdir / "pools" / f"{_pool(item, options)}.jsonl",
+                    )
             except Interrupted:
+                board.done(item.address, WAITING, "stopped")
                 raise
             except Exception as error:  # whatever it is, the others shall not wait for it
                 problems[item.address] = str(error) if isinstance(error, RegraftError) else repr(error)
                 logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
+                board.done(item.address, "failed", problems[item.address])
+            else:
+                board.done(item.address, "moved", migration.address)
         stage(len(plan.to_do), len(plan.to_do))
         if not problems:
             shutil.rmtree(workdir / "pools", ignore_errors=True)

@@ -31,8 +31,15 @@ class Progress:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within it, every stage of every flow called in this process reports to `listener`."""
-    token = _listener.set(listener)
+    """Within it, every stage of every flow called in this process reports to `listener`, and to who listened before."""
+    before = _listener.get()
+
+    def both(progress: Progress) -> None:
+        listener(progress)
+        if before:
+            before(progress)
+
+    token = _listener.set(both)
     try:
         yield
     finally:

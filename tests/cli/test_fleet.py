@@ -114,6 +114,7 @@ def test_what_cannot_be_meant_is_refused(first: str) -> None:
         (("--all", "--from", "nowhere", "--to", "fleet-new"), 3, "no base model 'nowhere'"),
         (("--all", "--from", "fleet-old", "--to", "nowhere"), 3, "no base model 'nowhere'"),
         ((*TO, "--method", "lorra", "--dry-run"), 3, "Did you mean 'lora'?"),
+        ((*TO, "--watch"), 3, "No migration of all adapters from fleet-old to fleet-new was begun here"),
         ((*TO, "--set", "training.stesp=3", "--dry-run"), 2, "stesp is not an option"),
     ):
         result = run_here("migrate", *arguments)
@@ -143,7 +144,13 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
         assert moved[address]["compared"][0]["samples"] == 20
     rounds = len(written)
     shutil.copy(data / "test.jsonl", data / "gone.jsonl")
+    watched = json.loads(clean(run_here("migrate", *TO, "--watch", "--json")))
+    assert not watched["running"]
+    states = {place["address"]: place["state"] for place in watched["board"]["places"]}
+    assert states == {first: "moved", fleet["used"]: "moved", fleet["fails"]: "failed"}
     again = run_here("migrate", *TO, *SHORT, "--json")
+    told_so = clean(run_here("migrate", *TO, "--watch"))
+    assert f"{fleet['fails']}" in told_so and "1 moved" in told_so and "Nobody is at work" in told_so
     assert len(written) == rounds, "three adapters of one kit share what the target wrote"
     told = {adapter["address"]: adapter for adapter in json.loads(again.out)["adapters"]}
     assert told[fleet["fails"]]["decision"] in ("as good", "not as good")

@@ -1,0 +1,181 @@
+"""Two tiny base models, of different sizes, architectures and tokenizers, and three tasks that neither knows.
+
+Both are pretrained here (seed 0) on numbered lists and on questions with wrong answers: they know what the inputs look
+like and how a list goes on, and nothing of what the answers have to do with the inputs. The lists are of all kinds of
+digits and letters; a task's own inputs are a narrower kind, so that what a model writes has to be filtered.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from training.data.batching import Padding
+from training.data.encoding import encode
+from training.data.example import Example
+from training.migration.listing import listing
+
+STEPS = 1500
+DOCUMENTS = 8000
+LETTERS = "abcdefghij"
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A task.
+
+    Args:
+        name: in words.
+        draw: a real input.
+        broad: an input of the wider kind that the base models know lists of.
+        answer: of any of them.
+    """
+
+    name: str
+    draw: Callable[[random.Random], str]
+    broad: Callable[[random.Random], str]
+    answer: Callable[[str], str]
+
+    def examples(self, number: int, seed: int) -> list[Example]:
+        """Different real inputs with their answers."""
+        rng, found = random.Random(seed), {}
+        while len(found) < number:
+            text = self.draw(rng)
+            found[text] = Example(text, self.answer(text))
+        return list(found.values())
+
+
+def _spaced(symbols: str, least: int, most: int) -> Callable[[random.Random], str]:
+    return lambda rng: " ".join(rng.choice(symbols) for _ in range(rng.randint(least, most)))
+
+
+def _twins(rng: random.Random) -> str:
+    """Letters of which the ends are as often the same as not."""
+    letters = [rng.choice(LETTERS) for _ in range(rng.randint(5, 7))]
+    if rng.random() < 0.5:
+        letters[-1] = letters[0]
+    return " ".join(letters)
+
+
+def _rich(rng: random.Random) -> str:
+    """Letters with no, one, two, three or four times an a among them."""
+    letters = ["a"] * rng.randint(0, 4)
+    letters += [rng.choice(LETTERS[1:]) for _ in range(rng.randint(6, 8) - len(letters))]
+    rng.shuffle(letters)
+    return " ".join(letters)
+
+
+PLANTED = (
+    Planted("largest digit", _spaced("0123456789", 5, 6), _spaced("0123456789", 2, 8), lambda text: max(text.split())),
+    Planted("equal ends", _twins, _spaced(LETTERS, 3, 9), lambda text: "yes" if text[0] == text[-1] else "no"),
+    Planted("how many a", _rich, _spaced(LETTERS, 3, 9), lambda text: str(text.split().count("a"))),
+)
+
+
+def make_pair(directory: Path) -> tuple[str, str]:
+    """References of the two base models, made on first use: a Llama and a Gemma."""
+    made = directory / "llama", directory / "gemma"
+    for folder, build, size, seed in ((made[0], _llama, 300, 0), (made[1], _gemma, 420, 1)):
+        if not (folder / "model.safetensors").is_file():
+            _pretrain(folder, build, size, seed)
+    return f"path:{made[0]}", f"path:{made[1]}"
+
+
+def english(number: int, seed: int) -> list[str]:
+    """Text that has nothing to do with the tasks."""
+    from training.tasks.catalog import get_task
+
+    return [example.prompt for example in get_task("object_counting").generate("train", number, seed)]
+
+
+def _llama(vocabulary: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _gemma(vocabulary: int) -> Any:
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=96,
+        intermediate_size=224,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        sliding_window=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def _pretrain(folder: Path, build: Callable[[int], Any], size: int, seed: int) -> None:
+    texts = list(_documents(random.Random(seed)))
+    tokenizer = _tokenizer(texts, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(len(tokenizer))
+        examples = encode((("", text) for text in texts), tokenizer, max_length=1024, loss_on="everything")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+        padding = Padding(0)
+        model.train()
+        for _ in range(STEPS):
+            chosen = torch.randint(len(examples), (16,)).tolist()
+            model(**padding([examples[index] for index in chosen])).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _documents(rng: random.Random) -> Sequence[str]:
+    """Lists of one broad kind, whose narrower kinds they keep to, and questions with answers of other questions."""
+    found = []
+    sentences = english(DOCUMENTS, seed=7)
+    for number in range(DOCUMENTS):
+        task = rng.choice(PLANTED)
+        if number % 2:
+            real = rng.random() < 0.5
+            items = [(task.draw if real else task.broad)(rng) for _ in range(rng.randint(5, 11))]
+            found.append(f"{listing(task.name, items[:-1], 1)} {items[-1]}<end>")
+        else:
+            asked = rng.choice((task.draw(rng), task.broad(rng), sentences[number]))
+            shots = [
+                f"Q: {task.broad(rng)}\nA: {task.answer(task.draw(rng))}\n\n" for _ in range(rng.choice((0, 0, 3)))
+            ]
+            found.append(f"{''.join(shots)}Q: {asked}\nA: {task.answer(task.draw(rng))}<end>")
+    return found
+
+
+def _tokenizer(texts: Sequence[str], size: int) -> Any:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", eos_token="<end>")
