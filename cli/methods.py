@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cli.console import Json, console, facts, print_json, show
+from cli.console import WIDE, Json, console, facts, print_json, show
+from infra.errors import NotFound
 
 app = typer.Typer(help="The method catalogue: LoRA and its relatives.", no_args_is_help=True)
 
@@ -25,6 +26,9 @@ def list_(
 
     methods = [get_method(name) for name in sorted(CATALOG)]
     cards = [(m.name, m.card) for m in methods if family is None or family.lower() in m.card.family.lower()]
+    if not cards:
+        families = sorted({method.card.family.partition(" /")[0] for method in methods})
+        raise NotFound(f"There is no method of a family like '{family}'.", f"Families: {', '.join(families)}.")
     if as_json:
         print_json([{"name": name, **_fields(card)} for name, card in cards])
         return
@@ -41,8 +45,9 @@ def list_(
         for name, card in cards
     ]
     columns = ("name", "~family", "+~modality", "merges", "+calibration", "+~parameters", "~paper")
-    families = sorted({get_method(name).card.family.partition(" /")[0] for name in CATALOG})
-    show(columns, rows, f"No method of a family like '{escape(family or '')}'. Families: {', '.join(families)}.")
+    show(columns, rows, "")
+    if console.width < WIDE:
+        console.print(f"[dim]Modality, calibration and parameters: on {WIDE} columns, or with --json.[/]")
 
 
 @app.command("show")

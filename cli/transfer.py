@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Json, console, print_json
-from infra.errors import InvalidInput
+from infra.errors import InvalidInput, NotMergeable
 
 
 def export(
@@ -36,10 +36,14 @@ def export(
         from training.methods.plain_lora import write_plain_lora
 
         loaded = load(address)
-        if merged:
-            write_merged_model(loaded.adapted, loaded.tokenizer, directory)
-        else:
-            write_plain_lora(loaded.adapted, directory)
+        try:
+            if merged:
+                write_merged_model(loaded.adapted, loaded.tokenizer, directory)
+            else:
+                write_plain_lora(loaded.adapted, directory)
+        except (InvalidInput, NotMergeable) as error:  # which know the adapter by its name on the model
+            here = f"{loaded.version.address} ({loaded.version.method})"
+            raise type(error)(error.what.replace(f"Adapter '{loaded.adapted.name}'", here), error.remedy) from None
     else:
         AdapterRegistry().export(address, directory)
     console.print(f"[bold]{address}[/] is in {directory}")

@@ -10,7 +10,7 @@ from registry.adapter_directory import inspect_adapter
 from registry.addresses import adapter_name
 from registry.records import VersionRecord
 from registry.registration import require_same_base
-from training.adapter_files import attach_stored, read_adapter
+from training.adapter_files import attach_stored, read_adapter, verify
 from training.base_models import load_base
 
 
@@ -33,10 +33,14 @@ def import_adapter(directory: Path, name: str, base: str, task: str | None = Non
     record, folder = find_base(base)
     files = inspect_adapter(directory)  # before anything of it is loaded
     require_same_base(files, record, directory)
+    stored = read_adapter(directory)
+    verify(directory, stored)
     loaded = load_base(folder.reference, cache=get_settings().base_models)
     try:
         adapted = attach_stored(loaded.model, directory, base_identity=record.identity_sha256)
     except CorruptArtifact as error:
+        if not stored.is_foreign:  # it was made for this base, so it is damaged
+            raise
         named = files.config.get("base_model_name_or_path") or "a base that it does not name"
         raise BaseModelMismatch(
             f"{directory} was made for {named} and does not fit {record.name}: {error.what}",
@@ -48,5 +52,6 @@ def import_adapter(directory: Path, name: str, base: str, task: str | None = Non
             f"{directory} holds {damaged[0]}{' and more' if len(damaged) > 1 else ''} with NaN or infinity in it.",
             "Was it trained to the end? Import an earlier checkpoint.",
         )
-    method = read_adapter(directory).method
-    return AdapterRegistry().import_(directory, name, base_identity=record.identity_sha256, method=method, task=task)
+    return AdapterRegistry().import_(
+        directory, name, base_identity=record.identity_sha256, method=stored.method, task=task
+    )

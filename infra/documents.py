@@ -2,15 +2,30 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from infra.errors import InvalidInput, NotFound
 
 Document = TypeVar("Document", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A document, or a part of one, in which every key is known, and true is not the number 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _types_in(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("give a number, not true or false")
+        return value
 
 
 def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
@@ -46,9 +61,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InvalidInput(f"{path} is empty.", "Write lines of KEY: VALUE.")
     if not isinstance(content, dict):
         raise InvalidInput(
-            f"{path} holds {type(content).__name__}, but a mapping of keys is wanted.", "Write lines of KEY: VALUE."
+            f"{path} holds {_named(content)}, but a mapping of keys is wanted.", "Write lines of KEY: VALUE."
         )
     return content
+
+
+def _named(content: object) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(content), f"a {type(content).__name__}")
 
 
 def parse(document: type[Document], content: dict[str, Any], source: str, prefix: str = "") -> Document:
@@ -60,8 +80,17 @@ def parse(document: type[Document], content: dict[str, Any], source: str, prefix
     try:
         return document.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(document, detail, prefix) for detail in _causes(error.errors(include_url=False))]
+        problems = _explained(document, _causes(error.errors(include_url=False)), prefix)
         raise InvalidInput("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def told(error: ValueError) -> str:
+    """What is wrong with a file that a program wrote, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first, *more = error.errors(include_url=False)
+    place = ".".join(map(str, first["loc"]))
+    return f"{place + ': ' if place else ''}{_message([first])}{f', and {len(more)} more' if more else ''}"
 
 
 def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -74,8 +103,35 @@ def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
-def _explain(document: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
-    location = [str(part) for part in detail["loc"]]
+def _explained(document: type[BaseModel], details: list[ErrorDetails], prefix: str) -> list[str]:
+    """One line for each place, where a value may have failed to be any of several things."""
+    places: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for detail in details:
+        places.setdefault(_place(document, detail), []).append(detail)
+    return [_explain(document, list(place), several, prefix) for place, several in places.items()]
+
+
+def _place(document: type[BaseModel], detail: ErrorDetails) -> tuple[str, ...]:
+    """Where it is, without pydantic's names for the members of a union."""
+    models, is_mapping, kept = [document], False, []
+    unknown = len(detail["loc"]) if detail["type"] == "extra_forbidden" else None
+    for number, part in enumerate(detail["loc"], start=1):
+        annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        if annotations:
+            models = [inner for annotation in annotations for inner in _models_in(annotation)]
+            is_mapping = any(_is_mapping(annotation) for annotation in annotations)
+        elif not (isinstance(part, int) or is_mapping or number == unknown):
+            continue
+        kept.append(str(part))
+    return tuple(kept)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(map(_is_mapping, get_args(annotation)))
+
+
+def _explain(document: type[BaseModel], location: list[str], details: list[ErrorDetails], prefix: str) -> str:
+    detail = details[0]
     name = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in [*filter(None, [prefix]), *location])
     name = name.removeprefix(".")
     if detail["type"] == "extra_forbidden":
@@ -84,10 +140,37 @@ def _explain(document: type[BaseModel], detail: ErrorDetails, prefix: str) -> st
         return f"{name} is missing."
     if detail["type"] == "too_short" and not detail.get("input"):
         return f"{name} is empty."
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = _message(details)
     given = detail.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{name}: {message}{shown}" if name else f"{message}{shown}"
+
+
+def _message(details: list[ErrorDetails]) -> str:
+    """What is wrong with a value; of the wrong kind only where it is of none of the right ones."""
+    others = [detail for detail in details if detail["type"] not in _KINDS]
+    if others:
+        return others[0]["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    kinds = [_KINDS[detail["type"]] or str(detail["ctx"]["expected"]) for detail in details]
+    return f"give {' or '.join(dict.fromkeys(kinds))}"
+
+
+_KINDS = {
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "literal_error": "",
+}
 
 
 def _known_keys(document: type[BaseModel], path: list[str]) -> list[str]:
@@ -98,6 +181,11 @@ def _known_keys(document: type[BaseModel], path: list[str]) -> list[str]:
         if fields:
             models = [inner for field in fields for inner in _models_in(field.annotation)]
     return sorted({field.alias or name for model in models for name, field in model.model_fields.items()})
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    inner = [kind for argument in get_args(annotation) for kind in _types_in(argument)]
+    return {annotation, *inner} if isinstance(annotation, type) else set(inner)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -11,14 +11,14 @@ suites:
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
-from infra.documents import parse, read_yaml
+from infra.documents import Section, parse, read_yaml
 
 _LOWER_IS_BETTER = ("perplexity", "loss")
 
 
-class SuitePolicy(BaseModel):
+class SuitePolicy(Section):
     """What is asked on one suite. A candidate must pass every line of it.
 
     All values are in the metric's own unit (accuracy 0–1, perplexity, …). Against the current holder of the alias:
@@ -31,8 +31,6 @@ class SuitePolicy(BaseModel):
 
     Without a holder both pass.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     suite: str = Field(min_length=1, description="Name of the evaluation suite.")
     metric: str | None = Field(
@@ -56,10 +54,8 @@ class SuitePolicy(BaseModel):
         return metric not in _LOWER_IS_BETTER if self.higher_is_better is None else self.higher_is_better
 
 
-class Policy(BaseModel):
+class Policy(Section):
     """The suites that decide about an adapter's protected aliases."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     suites: tuple[SuitePolicy, ...] = Field(min_length=1)
 

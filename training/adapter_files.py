@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from infra.documents import told
 from infra.errors import BaseModelMismatch, CorruptArtifact, InvalidInput, NotFound
 from infra.folders import require_free
 from training.methods.catalog import CATALOG, get_method
@@ -134,7 +135,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
             )
         stored = StoredAdapter.model_validate(content)
     except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error}).", "Restore it from where it was copied.") from None
+        raise CorruptArtifact(f"{path} cannot be read: {told(error)}.", "Copy it again from where it was.") from None
     if stored.base is None:
         raise CorruptArtifact(f"{path} does not name the base model.", "Restore it from where it was copied.")
     return stored

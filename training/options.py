@@ -4,13 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+from infra.documents import Section
 
-
-class Section(BaseModel):
-    """A part of a document in which every key is known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Positive = Annotated[int, Field(ge=1, le=10**12)]
 
 
 class MethodChoice(BaseModel):

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from infra.documents import did_you_mean, parse, read_yaml
+from infra.documents import Section, did_you_mean, parse, read_yaml
 from infra.errors import InvalidInput
 from training.data.sources import DataSource
 from training.evaluation.suite import Suite
 from training.methods.catalog import CATALOG, get_method
 from training.migration.options import KitOptions
-from training.options import MethodChoice, Section, TrainingOptions
+from training.options import MethodChoice, TrainingOptions
 from training.selection.selection import Selection
 
 
@@ -111,7 +111,9 @@ def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] 
         except InvalidInput as error:
             problems.append(error.what.replace("is not an option.", f"is not an option of '{chosen}'."))
     if problems:
-        remedy = f"See: regraft methods show {chosen}" if problems[-1].startswith(f"{source}: method") else ""
+        known = isinstance(chosen, str) and chosen in CATALOG
+        where = f"regraft methods show {chosen}" if known else "regraft methods list"
+        remedy = f"See: {where}" if problems[-1].startswith(f"{source}: method") else ""
         raise InvalidInput("\n".join(problems), remedy)
     for option in get_method(recipe.method.name).card.refuses:
         if getattr(recipe.training, option) != TrainingOptions.model_fields[option].default:

@@ -129,9 +129,11 @@ def test_a_methods_options_are_shown_with_what_they_may_be() -> None:
 
 
 def test_a_family_that_is_none_leads_to_those_that_are() -> None:
-    assert "Families: additive, full fine-tuning, reparameterised, selective." in " ".join(
-        clean(run_here("methods", "list", "--family", "aditive")).split()
-    )
+    refused = run_here("methods", "list", "--family", "aditive")
+    assert refused.code == 3
+    assert "Families: additive, full fine-tuning, reparameterised, selective." in " ".join(refused.err.split())
+    assert "parameters: on 100 columns" in " ".join(clean(run_here("methods", "list")).split())
+    assert "parameters: on 100" not in clean(run_here("methods", "list", width=120))
 
 
 def test_searching_narrows_the_listing(trained: dict[str, Any]) -> None:
@@ -356,6 +358,12 @@ def test_an_import_that_must_not_be_trusted_is_refused(
     assert "it cannot be registered for other (identity " in elsewhere.err
 
     assert run_here("import", str(exported), "../smuggled", "--base", "walked-base").code == 2
+
+    details = (exported / "regraft.json").read_bytes()
+    (exported / "regraft.json").write_text("{}")
+    damaged = refused()
+    assert (damaged.code, "regraft.json cannot be read: method: Field required" in damaged.err) == (5, True)
+    (exported / "regraft.json").write_bytes(details)
 
     (exported / "regraft.json").unlink()  # as stock peft writes it: nothing but the tensors tells the base
     tensors = load_file(weights)

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from infra.documents import did_you_mean
+from infra.documents import Section, did_you_mean
 from infra.errors import InvalidInput
 from training.data.conversations import last_exchange
 from training.data.example import Example
@@ -16,10 +16,8 @@ from training.data.files import Row
 logger = logging.getLogger(__name__)
 
 
-class Columns(BaseModel):
+class Columns(Section):
     """Where a row keeps what: in a prompt and a completion column, as a conversation, or as plain text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = "prompt"
     completion: str = "completion"

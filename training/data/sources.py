@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from infra.documents import did_you_mean
+from infra.documents import Section, did_you_mean
 from infra.errors import InvalidInput, NotFound
 from training.data.example import Example
 from training.data.files import Row, read_rows
@@ -23,11 +23,7 @@ DEFAULT_FRACTION = 0.15
 DEFAULT_TASK_SIZES: dict[Split, int] = {"train": 2000, "validation": 200, "test": 200}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Sizes(_Section):
+class Sizes(Section):
     """How many examples of each split, exactly. Default: 2000, 200 and 200 of a task, all of a file or data set."""
 
     train: Annotated[int, Field(ge=1)] | None = None
@@ -35,14 +31,14 @@ class Sizes(_Section):
     test: Annotated[int, Field(ge=0)] | None = None
 
 
-class Fractions(_Section):
+class Fractions(Section):
     """Shares of a file's or data set's prompts that are held out. Default: 0.15 each, where no part is named."""
 
     validation: Fraction | None = None
     test: Fraction | None = None
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """A built-in task, a file, or a Hugging Face data set: exactly one of the three."""
 
     task: str | None = Field(None, description="A built-in task.")

@@ -2,16 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from infra.documents import Section
 
 Metric = Literal["exact_match", "multiple_choice", "perplexity"]
 Split = Literal["test", "validation"]
 
 
-class Suite(BaseModel):
+class Suite(Section):
     """Which examples a model is shown, how many, and what is measured on them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(None, description="What the suite is called. Default: data, split and shots.")
     task: str | None = Field(None, description="A built-in task. Default: the recipe's own data.")

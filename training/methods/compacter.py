@@ -126,10 +126,11 @@ class Compacter(InjectedMethod[CompacterConfig]):
             width = shape(layers[name])[0]
             size = width // config.reduction
             if not size or width % config.division or size % config.division:
+                both = "Lower method.reduction, or change method.division."
                 raise InvalidInput(
                     f"{name}: neither its width {width} nor its bottleneck {width} / {config.reduction} = {size} may "
                     f"leave a rest when divided by {config.division}.",
-                    "Lower method.reduction, or change method.division.",
+                    f"Choose a method.division that divides {width}." if width % config.division else both,
                 )
         return names + (list(norm_modules(model)) if config.layer_norms else [])
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from infra.documents import Section
 from infra.errors import CorruptArtifact, NotMergeable
 
 Batch = Mapping[str, Tensor]
@@ -35,10 +36,10 @@ class Starts(Protocol):
         """The tensors kept for `what`, a JSON-like description of all that decides them; made if there are none."""
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """Hyper-parameters of a method, with the paper's defaults. Unknown keys and infinite numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=MethodConfig)

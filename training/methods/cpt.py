@@ -25,10 +25,11 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.cpt.model import CPTEmbedding
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from infra.documents import Section
 from infra.errors import CorruptArtifact, InvalidInput
 from kernels.cross_entropy import IGNORE
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig, check_fit
@@ -40,10 +41,8 @@ SEPARATOR, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, LABEL = range(5)
 Typed = tuple[list[int], list[int]]  # token ids, their types
 
 
-class Demonstration(BaseModel):
+class Demonstration(Section):
     """One labelled example of the context."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str
     output: str = Field(min_length=1)

@@ -48,7 +48,7 @@ class LoraGaConfig(StartedLoraConfig):
         description="c, the size of A's rows and B's columns: m^¼/√γ (stable), 1/s (gd), 1 (unit), or the mean root of "
         "the weight's r largest singular values over s (weightS).",
     )
-    gamma: float = Field(16, gt=0, description="γ of the size `stable`; larger is smaller.")
+    gamma: float = Field(16, ge=1e-3, le=1e6, description="γ of the size `stable`; larger is smaller.")
     samples: int = Field(128, ge=1, description="Calibration samples that the gradient is averaged over.")
     batch_size: int = Field(2, ge=1, description="Most samples in one backward pass through the whole base.")
 

@@ -104,14 +104,14 @@ def select_for_rank(
         InvalidInput: nothing matches, or a layer that does is too small for the rank.
     """
     names, layers = select(model, targets, exclude), linear_modules(model)
-    for name in names:
-        size, needed = min(shape(layers[name])), rank * directions
-        if needed > size:
-            raise InvalidInput(
-                f"rank {rank} needs layers of {needed} rows and columns or more; {name} is "
-                f"{' × '.join(map(str, shape(layers[name])))}.",
-                f"Lower method.rank to {size // directions}, or leave the layer out: method.exclude.",
-            )
+    smallest = min(names, key=lambda name: min(shape(layers[name])))
+    size, needed = min(shape(layers[smallest])), rank * directions
+    if needed > size:
+        raise InvalidInput(
+            f"rank {rank} needs layers of {needed} rows and columns or more; {smallest} is "
+            f"{' × '.join(map(str, shape(layers[smallest])))}.",
+            f"Lower method.rank to {size // directions}, or leave such layers out: method.exclude.",
+        )
     return names
 
 

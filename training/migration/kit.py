@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 import torch
 from pydantic import ValidationError
 
+from infra.documents import Section, told
 from infra.errors import CorruptArtifact, InvalidInput
 from infra.folders import require_free
 from training.adapter_files import attach_stored, write_adapter
@@ -25,7 +26,6 @@ from training.data.example import Example
 from training.migration.discriminator import Discriminator, Judged, train_discriminator
 from training.migration.options import KitOptions
 from training.migration.synthesis import synthesise
-from training.options import Section
 from training.progress import OnPreparing, TrainingEvent
 
 KIT_FILE = "kit.json"
@@ -150,7 +150,9 @@ def read_kit(directory: Path) -> Kit:
     except FileNotFoundError:
         raise CorruptArtifact(f"{directory} holds no {KIT_FILE}.", "Is it a migration kit?") from None
     except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error}).", "Build the kit again: regraft kit build") from None
+        raise CorruptArtifact(
+            f"{path} cannot be read: {told(error)}.", "Build the kit again: regraft kit build"
+        ) from None
     if kit.discriminator is not None and not (directory / DISCRIMINATOR).is_dir():
         raise CorruptArtifact(f"{directory} holds no {DISCRIMINATOR}.", "Build the kit again: regraft kit build")
     return kit

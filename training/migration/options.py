@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.documents import parse
-from training.options import MethodChoice, Section, TrainingOptions
+from infra.documents import Section, parse
+from training.options import MethodChoice, TrainingOptions
 
 
 class SynthesisOptions(Section):

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from infra.documents import Section
 from infra.errors import InvalidInput
 from training.data.content_hash import normalised
 from training.data.example import Example, fingerprint
@@ -14,10 +15,8 @@ from training.data.sampling import sample
 Length = Annotated[int, Field(ge=1)]
 
 
-class Selection(BaseModel):
+class Selection(Section):
     """Which of the training examples to train on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_length: Length | None = Field(None, description="Drop shorter examples. Prompt and completion together.")
     max_length: Length | None = Field(None, description="Longest example. Prompt and completion together.")

@@ -164,7 +164,7 @@ def test_a_kept_start_is_not_taken_for_another_number_of_steps(tmp_path: Path) -
         ([], 10, {}, r"needs calibration data"),
         ([{"input_ids": torch.ones(1, 3), "labels": torch.full((1, 3), -100)}], 10, {}, "needs calibration data"),
         (BACKBONES["llama"].calibration(), None, {}, "needs the number of steps"),
-        (BACKBONES["llama"].calibration(), 10, {"rank": 33}, "rank 33 needs layers of 33 .*q_proj"),
+        (BACKBONES["llama"].calibration(), 10, {"rank": 33}, "rank 33 needs layers of 33 .*k_proj"),
         (BACKBONES["llama"].calibration(), 10, {"targets": ("q_porj",)}, "matches no module"),
     ],
     ids=["no data", "no labels", "no steps", "rank", "targets"],

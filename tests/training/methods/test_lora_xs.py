@@ -148,7 +148,7 @@ def test_dropout_is_on_the_input_of_a_and_only_in_training() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"rank": 33}, r"rank 33 needs layers of 33 .*model\.layers\.0\.self_attn\.q_proj is 32 × 32"),
+        ({"rank": 33}, r"rank 33 needs layers of 33 .*model\.layers\.0\.self_attn\.k_proj is 16 × 32"),
         ({"targets": ("q_porj",)}, r"'q_porj'\] matches no module of LlamaForCausalLM"),
     ],
 )
