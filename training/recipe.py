@@ -30,7 +30,11 @@ class Recipe(Section):
     training: TrainingOptions = TrainingOptions()
     evaluation: tuple[Suite, ...] = Field((), description="Suites; none given: the test split of the recipe's data.")
     migration_kit: KitOptions | None = Field(
-        KitOptions(), description="What is kept of the data for a migration to another base; false for nothing."
+        KitOptions(),
+        description="What is kept of the data for a migration to another base; false for nothing.",
+        json_schema_extra=lambda schema: schema["anyOf"].append(
+            {"type": "boolean"}
+        ),  # as stored, and as Prefect checks
     )
     seed: int = Field(0, ge=0, lt=2**32)
     migrated_from: str | None = Field(

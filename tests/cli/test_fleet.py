@@ -39,7 +39,10 @@ def first(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytes
     """A version with a kit, on the base that goes away."""
     get_settings.cache_clear()
     bases = tmp_path_factory.mktemp("bases")
-    for name, reference in (("old", save_tiny_llama(bases / "old", seed=83)), ("new", save_tiny_gemma(bases / "new"))):
+    for name, reference in (
+        ("old", save_tiny_llama(bases / "old", seed=83)),
+        ("new", save_tiny_gemma(bases / "new", seed=84)),
+    ):
         clean(run_here("base", "add", f"path:{reference}", "--name", f"fleet-{name}"))
     held_out = {"file": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "fractions": {"validation": 0.1}}
     recipe = write_recipe(
