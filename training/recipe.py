@@ -18,6 +18,11 @@ from training.options import MethodChoice, TrainingOptions
 from training.selection.selection import Selection
 
 
+def _or_boolean(schema: dict[str, Any]) -> None:
+    """What a recipe may say, and stores, beside what the field becomes; Prefect checks deployments against it."""
+    schema["anyOf"].append({"type": "boolean"})
+
+
 class Recipe(Section):
     """What to train, on what, how, and how it is judged."""
 
@@ -32,9 +37,7 @@ class Recipe(Section):
     migration_kit: KitOptions | None = Field(
         KitOptions(),
         description="What is kept of the data for a migration to another base; false for nothing.",
-        json_schema_extra=lambda schema: schema["anyOf"].append(
-            {"type": "boolean"}
-        ),  # as stored, and as Prefect checks
+        json_schema_extra=_or_boolean,
     )
     seed: int = Field(0, ge=0, lt=2**32)
     migrated_from: str | None = Field(
