@@ -57,8 +57,9 @@ def shared_bases() -> Iterator[SharedBases]:
     if (bases := _shared.get()) is not None:
         yield bases
         return
-    token = _shared.set(SharedBases())
+    bases = SharedBases()
+    token = _shared.set(bases)
     try:
-        yield _shared.get()  # type: ignore[misc]
+        yield bases
     finally:
         _shared.reset(token)
