@@ -97,12 +97,10 @@ class Corda(StartedLora):
         counts, tokens = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
         def hear(name: str, x: Tensor, kept: Tensor) -> None:
-            sequences = [sequence[counting].float() for sequence, counting in zip(x, kept, strict=True)]
-            scaled = [X / largest(X) for X in sequences if len(X)]
-            if scaled:
-                rows = torch.cat(scaled)  # one product for all: C is large, and each pass over it takes time
-                sums[name].addmm_(rows.T, rows)
-                counts[name] += len(scaled)
+            if kept.any():
+                rows = x[kept].float() / largest(x, kept).repeat_interleave(kept.sum(1))[:, None]
+                sums[name].addmm_(rows.T, rows)  # one product for all: C is large, and each pass over it takes time
+                counts[name] += int(kept.any(1).sum())
                 tokens[name] += len(rows)
 
         done = 0
@@ -132,10 +130,17 @@ def passes(widths: Mapping[str, int]) -> Iterator[list[str]]:
     yield run
 
 
-def largest(X: Tensor) -> Tensor:
-    """|max X|, a scalar; the largest modulus where that is no size to divide by."""
-    peak, modulus = X.max().abs(), X.abs().max()
-    return torch.where(peak > 1e-6 * modulus, peak, modulus).clamp_min(torch.finfo(X.dtype).tiny)
+def largest(x: Tensor, kept: Tensor) -> Tensor:
+    """|max X| [B] of each sequence's tokens that are kept; the largest modulus where that is no size to divide by.
+
+    Args:
+        x: [B, L, n].
+        kept: [B, L] boolean.
+    """
+    low, high = (extreme.float() for extreme in x.aminmax(dim=-1))
+    lowest, highest = low.masked_fill(~kept, torch.inf).amin(1), high.masked_fill(~kept, -torch.inf).amax(1)
+    peak, modulus = highest.abs(), torch.maximum(highest, -lowest)
+    return torch.where(peak > 1e-6 * modulus, peak, modulus).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:

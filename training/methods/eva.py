@@ -163,7 +163,8 @@ class Components:
             shift = (self._mean - mean) * sqrt(self.rows * len(X) / (self.rows + len(X)))
             parts = [self.S[:, None] * self.V, *parts, shift.float()[None]]
         gained = torch.cat(parts[1:] if self.known else parts).double().square().sum()
-        _, S, V = leading(torch.cat(parts), self.count, ITERATIONS)
+        V, S, _ = leading(torch.cat(parts).T, self.count, ITERATIONS)  # LAPACK is slower on what is wide
+        V = V.T.contiguous()
         if self.known:
             alike, floor = (V * self.V).sum(1).abs() >= self.tau, NOTHING * S[0]
             self._still = alike | (floor >= S)
