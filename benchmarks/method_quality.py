@@ -35,6 +35,7 @@ from torch import Tensor
 from benchmarks.memory import peak_memory
 from benchmarks.results_file import RESULTS, Row, write
 from benchmarks.table import insert
+from benchmarks.tiny_bases import pretrain
 from infra.errors import RegraftError
 from infra.settings import get_settings
 from training.base_models import LoadedBase, load_base
@@ -164,8 +165,7 @@ def pretrained(directory: Path) -> Path:
     made = directory / "tiny"
     if (made / "model.safetensors").is_file():
         return made
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     print("pretraining the tiny model", flush=True)
     texts = {}
@@ -175,46 +175,29 @@ def pretrained(directory: Path) -> Path:
         if name in TINY_TASKS:  # so that the model knows the words of a task, but nothing of the task
             random.Random(0).shuffle(answers)
         texts[name] = [PROMPTED.format(item.prompt, answer) for item, answer in zip(items, answers, strict=True)]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet)
-    trained.train_from_iterator((text for name in TASKS for text in texts[name]), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", eos_token="<end>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1024,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
+    pretrain(
+        made,
+        lambda vocabulary: LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=64,
+                intermediate_size=192,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+                pad_token_id=0,
+                bos_token_id=None,
+                eos_token_id=1,
+            )
+        ),
+        [text for name in TASKS for text in texts[name]],
+        vocabulary=1024,
+        steps=PRETRAINING_STEPS,
+        batch=32,
+        longest=96,
+        seed=0,
     )
-    known = [text for name in TASKS for text in texts[name]]
-    examples = encode((("", text) for text in known), tokenizer, max_length=1024, loss_on="everything")
-    examples = [example for example in examples if len(example.input_ids) <= 96]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=PRETRAINING_STEPS)
-    generator, padding = torch.Generator().manual_seed(0), Padding(0)
-    for step in range(PRETRAINING_STEPS):
-        chosen = torch.randint(len(examples), (32,), generator=generator).tolist()
-        loss = model(**padding([examples[index] for index in chosen])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 500 == 499:
-            print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
-    tokenizer.save_pretrained(made)
-    model.save_pretrained(made)
     return made
 
 

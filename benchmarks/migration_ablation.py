@@ -12,13 +12,14 @@ import argparse
 import json
 import multiprocessing
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,16 +30,20 @@ from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.generation import greedy_answers
+from training.evaluation.likelihood import log_likelihoods
 from training.methods.borrowing import borrowed
+from training.migration.choosing import as_long, by_likeness
 from training.migration.kit import Kit, build_kit, load_discriminator
 from training.migration.labelling import label
 from training.migration.options import DiscriminatorOptions, KitOptions, SynthesisOptions
-from training.migration.synthesis import Pool, synthesise
+from training.migration.sampling import sampled
+from training.migration.synthesis import synthesise
 from training.options import TrainingOptions
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
 
-ROWS, TEST, INPUTS = 250, 300, 250
+ROWS, TEST, INPUTS, CANDIDATES = 250, 300, 250, 750
+ANSWERS = 4  # drawn of the teacher for each input
 STEPS = 250
 SYNTHESIS = SynthesisOptions(items=6, rows=16)
 DISCRIMINATOR = DiscriminatorOptions(training=TrainingOptions(epochs=6, batch_size=16, learning_rate=1e-2))
@@ -83,41 +88,67 @@ def accuracy(model: nn.Module, tokenizer: Any, items: Sequence[Example], shots: 
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """An input that the target wrote.
+
+    Args:
+        example: with the teacher's greedy answer.
+        margin: of the discriminator.
+        sure: the log-likelihood of the answer, in nats.
+    """
+
+    example: Example
+    margin: float
+    sure: float
+
+    @property
+    def length(self) -> int:
+        """Characters of the input."""
+        return len(self.example.prompt)
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A teacher, its kit, and what the target wrote: what all variants of one task and seed share."""
+    """A kit and what the target wrote on its seeds: what variants share.
 
-    task: Planted
+    `sample` gives inputs several answers each, drawn from the teacher.
+    """
+
     seed: int
-    source: LoadedBase
-    target: LoadedBase
     kit: Kit
-    seeds: tuple[Example, ...]
+    candidates: tuple[Candidate, ...]
     answer: Callable[[Sequence[str]], Sequence[Example]]
-    margins: Callable[[Sequence[str]], Sequence[float]]
+    sample: Callable[[Sequence[str]], Sequence[Example]]
 
-    def pool(self, filtered: bool, wanted: int = INPUTS) -> Pool:
-        """Inputs that the target writes."""
-        return synthesise(
-            self.target.model,
-            self.target.tokenizer,
-            self.kit.task,
-            [seed.prompt for seed in self.seeds],
-            wanted,
-            SYNTHESIS,
-            seed=self.seed,
-            longest=self.kit.longest,
-            margins=self.margins if filtered else None,
-        )
+    @property
+    def seeds(self) -> list[Example]:
+        """The kit's."""
+        return [Example(each.prompt, each.completion) for each in self.kit.seeds]
+
+    @property
+    def real_looking(self) -> list[Candidate]:
+        """Those that the discriminator keeps."""
+        return [candidate for candidate in self.candidates if candidate.margin > 0]
+
+    @property
+    def temperature(self) -> float:
+        """Of the discriminator."""
+        assert self.kit.discriminator is not None
+        return self.kit.discriminator.temperature
+
+
+def examples(candidates: Sequence[Candidate]) -> list[Example]:
+    return [candidate.example for candidate in candidates]
 
 
 def paper(scene: Scene) -> Sequence[Example]:
     """Filtered inputs with the teacher's answers."""
-    return scene.answer(scene.pool(True).inputs)
+    return examples(scene.real_looking[:INPUTS])
 
 
 def unfiltered(scene: Scene) -> Sequence[Example]:
     """The same without the discriminator."""
-    return scene.answer(scene.pool(False).inputs)
+    return examples(scene.candidates[:INPUTS])
 
 
 def random_text(scene: Scene) -> Sequence[Example]:
@@ -130,11 +161,89 @@ def seeds_only(scene: Scene) -> Sequence[Example]:
     return scene.seeds
 
 
-VARIANTS: dict[str, Callable[[Scene], Sequence[Example]]] = {
+def likely(scene: Scene) -> list[Candidate]:
+    """All candidates, drawn by the discriminator's odds."""
+    order = by_likeness([candidate.margin for candidate in scene.candidates], scene.temperature, scene.seed)
+    return [scene.candidates[place] for place in order]
+
+
+def fitted(scene: Scene, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of candidates, first ones first, as many as are wanted, with the real inputs' lengths."""
+    lengths = [candidate.length for candidate in candidates]
+    return [candidates[place] for place in as_long(lengths, range(len(lengths)), scene.kit.lengths, INPUTS)]
+
+
+def surer(candidates: Sequence[Candidate], bounds: Sequence[int]) -> list[Candidate]:
+    """Without the third of each length whose answers the teacher is least sure of."""
+    shares: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        shares.setdefault(bisect_left(bounds, candidate.length), []).append(candidate)
+    dropped = {
+        id(candidate)
+        for share in shares.values()
+        for candidate in sorted(share, key=lambda candidate: candidate.sure)[: len(share) // 3]
+    }
+    return [candidate for candidate in candidates if id(candidate) not in dropped]
+
+
+def density(scene: Scene) -> Sequence[Example]:
+    """Drawn from all by the discriminator's odds, instead of all that it takes for real."""
+    return examples(likely(scene)[:INPUTS])
+
+
+def lengths(scene: Scene) -> Sequence[Example]:
+    """Filtered inputs with the lengths of the real ones."""
+    return examples(fitted(scene, scene.real_looking))
+
+
+def confident(scene: Scene) -> Sequence[Example]:
+    """Filtered inputs without those that the teacher is unsure of, at each length."""
+    return examples(surer(scene.real_looking, scene.kit.lengths)[:INPUTS])
+
+
+def with_seeds(scene: Scene) -> Sequence[Example]:
+    """The paper's, and the seeds with their real answers."""
+    return [*paper(scene), *scene.seeds]
+
+
+def more(scene: Scene) -> Sequence[Example]:
+    """All filtered inputs that there are, for as many steps."""
+    return examples(scene.real_looking)
+
+
+def sampled_answers(scene: Scene) -> Sequence[Example]:
+    """The paper's inputs, each with several answers drawn from the teacher."""
+    return scene.sample([example.prompt for example in paper(scene)])
+
+
+def density_and_lengths(scene: Scene) -> Sequence[Example]:
+    """Drawn by odds, with the lengths of the real ones."""
+    return examples(fitted(scene, likely(scene)))
+
+
+def together(scene: Scene) -> Sequence[Example]:
+    """Drawn by odds, sure at each length, with the lengths of the real ones, and the seeds."""
+    return [*examples(fitted(scene, surer(likely(scene), scene.kit.lengths))), *scene.seeds]
+
+
+Variant = Callable[[Scene], Sequence[Example]]
+BY_CHANCE: dict[str, Variant] = {
     "paper": paper,
     "unfiltered": unfiltered,
     "random text": random_text,
     "seeds only": seeds_only,
+    "density": density,
+    "lengths": lengths,
+    "confident": confident,
+    "with seeds": with_seeds,
+    "more": more,
+    "sampled answers": sampled_answers,
+}
+SPREAD: dict[str, Variant] = {
+    "spread seeds": paper,
+    "spread seeds, density and lengths": density_and_lengths,
+    "spread seeds, all": together,
+    "spread seeds, sampled answers": sampled_answers,
 }
 
 
@@ -146,43 +255,100 @@ def measure(place: int, seed: int, directory: Path) -> dict[str, Any]:
     source, target = (load_base(reference, cache=directory / "cache") for reference in references)
     real, test = task.examples(ROWS, seed), task.examples(ROWS + TEST, seed)[ROWS:]
     found: dict[str, Any] = {}
+    with borrowed(source.model):
+        teacher = trained(source, real, seed)
+        found["teacher"] = accuracy(teacher, source.tokenizer, test)
+        for choice, variants in (("random", BY_CHANCE), ("spread", SPREAD)):
+            scene = prepared(task, seed, choice, source, references[0], target, teacher, real, directory, found)
+            for name, variant in variants.items():
+                learnt = variant(scene)
+                if name != "random text":
+                    right = mean(task.answer(each.prompt) == each.completion for each in learnt)
+                    found[f"{name}, right labels"] = right
+                with borrowed(target.model):
+                    found[name] = accuracy(trained(target, learnt, seed), target.tokenizer, test)
+            if choice == "random":
+                found["bare"] = max(
+                    accuracy(target.model, target.tokenizer, test, shots) for shots in ((), scene.seeds[:3])
+                )
+    with borrowed(target.model):
+        found["real rows"] = accuracy(trained(target, real, seed), target.tokenizer, test)
+    return found
+
+
+def prepared(
+    task: Planted,
+    seed: int,
+    choice: Literal["random", "spread"],
+    source: LoadedBase,
+    reference: str,
+    target: LoadedBase,
+    teacher: nn.Module,
+    real: Sequence[Example],
+    directory: Path,
+    found: dict[str, Any],
+) -> Scene:
+    """A kit, what the target writes on its seeds, and how the teacher answers."""
+    judge = load_base(reference, cache=directory / "cache")
     with TemporaryDirectory() as scratch:
-        with borrowed(source.model):
+        with borrowed(judge.model):
             kit = build_kit(
                 Path(scratch) / "kit",
-                source,
+                judge,
                 real,
                 task=task.name,
                 instruction="",
-                options=KitOptions(synthesis=SYNTHESIS, discriminator=DISCRIMINATOR),
+                options=KitOptions(synthesis=SYNTHESIS, discriminator=DISCRIMINATOR, choice=choice),
                 seed=seed,
                 workdir=Path(scratch) / "work",
             )
-        assert kit.discriminator is not None
-        seeds = tuple(Example(each.prompt, each.completion) for each in kit.seeds)
-        judge = load_base(references[0], cache=directory / "cache")
         discriminator = load_discriminator(Path(scratch) / "kit", kit, judge)
-        with borrowed(source.model):
-            teacher = trained(source, real, seed)
-            form = PromptFormat(source.tokenizer)  # type: ignore[arg-type]
+    assert kit.discriminator is not None
+    form = PromptFormat(source.tokenizer)  # type: ignore[arg-type]
+    tokenizer: Any = source.tokenizer
 
-            def answer(inputs: Sequence[str]) -> Sequence[Example]:
-                return label(teacher, form, inputs, longest=kit.longest_answer).examples
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-            scene = Scene(task, seed, source, target, kit, seeds, answer, discriminator.margins)
-            found["teacher"] = accuracy(teacher, source.tokenizer, test)
-            found["bare"] = max(accuracy(target.model, target.tokenizer, test, shots) for shots in ((), seeds[:3]))
-            found["discriminator"] = kit.discriminator.balanced_accuracy
-            found["acceptance"] = scene.pool(True).acceptance
-            for name, variant in VARIANTS.items():
-                examples = variant(scene)
-                labels = [task.answer(each.prompt) == each.completion for each in examples if name != "random text"]
-                with borrowed(target.model):
-                    found[name] = accuracy(trained(target, examples, seed), target.tokenizer, test)
-                found[f"{name}, right labels"] = mean(labels) if labels else None
-            with borrowed(target.model):
-                found["real rows"] = accuracy(trained(target, real, seed), target.tokenizer, test)
-    return found
+    def answer(inputs: Sequence[str]) -> Sequence[Example]:
+        return label(teacher, form, inputs, longest=kit.longest_answer).examples
+
+    def sample(inputs: Sequence[str]) -> Sequence[Example]:
+        generator, drawn = torch.Generator().manual_seed(seed), []
+        for text in inputs:
+            for one in sampled(
+                teacher,
+                ids(form.prompt(text)),
+                ANSWERS,
+                max_new_tokens=6,
+                ends=end_tokens(teacher, tokenizer, form),
+                top_p=1.0,
+                generator=generator,
+            ):
+                said = tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
+                drawn += [Example(text, said)] if 0 < len(said) <= kit.longest_answer else []
+        return drawn
+
+    pool = synthesise(
+        target.model,
+        target.tokenizer,
+        kit.task,
+        [each.prompt for each in kit.seeds],
+        CANDIDATES,
+        SYNTHESIS,
+        seed=seed,
+        longest=kit.longest,
+    )
+    labelled = answer(pool.inputs)
+    margins = discriminator.margins([each.prompt for each in labelled])
+    sure = log_likelihoods(
+        teacher, [(ids(form.prompt(e.prompt)), ids(form.completion(e.completion))) for e in labelled]
+    )
+    candidates = tuple(Candidate(*each) for each in zip(labelled, margins, sure, strict=True))
+    found[f"discriminator, {choice}"] = kit.discriminator.balanced_accuracy
+    found[f"temperature, {choice}"] = kit.discriminator.temperature
+    found[f"acceptance, {choice}"] = mean(margin > 0 for margin in margins)
+    return Scene(seed, kit, candidates, answer, sample)
 
 
 def main() -> None:

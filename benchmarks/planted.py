@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from training.data.batching import Padding
-from training.data.encoding import encode
+from benchmarks.tiny_bases import pretrain
 from training.data.example import Example
 from training.migration.listing import listing
 
@@ -82,7 +79,8 @@ def make_pair(directory: Path) -> tuple[str, str]:
     made = directory / "llama", directory / "gemma"
     for folder, build, size, seed in ((made[0], _llama, 300, 0), (made[1], _gemma, 420, 1)):
         if not (folder / "model.safetensors").is_file():
-            _pretrain(folder, build, size, seed)
+            texts = list(_documents(random.Random(seed)))
+            pretrain(folder, build, texts, vocabulary=size, steps=STEPS, batch=16, longest=1024, seed=seed)
     return f"path:{made[0]}", f"path:{made[1]}"
 
 
@@ -126,28 +124,6 @@ def _gemma(vocabulary: int) -> Any:
     return Gemma3ForCausalLM(config)
 
 
-def _pretrain(folder: Path, build: Callable[[int], Any], size: int, seed: int) -> None:
-    texts = list(_documents(random.Random(seed)))
-    tokenizer = _tokenizer(texts, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(len(tokenizer))
-        examples = encode((("", text) for text in texts), tokenizer, max_length=1024, loss_on="everything")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-        padding = Padding(0)
-        model.train()
-        for _ in range(STEPS):
-            chosen = torch.randint(len(examples), (16,)).tolist()
-            model(**padding([examples[index] for index in chosen])).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
 def _documents(rng: random.Random) -> Sequence[str]:
     """Lists of one broad kind, whose narrower kinds they keep to, and questions with answers of other questions."""
     found = []
@@ -165,17 +141,3 @@ def _documents(rng: random.Random) -> Sequence[str]:
             ]
             found.append(f"{''.join(shots)}Q: {asked}\nA: {task.answer(task.draw(rng))}<end>")
     return found
-
-
-def _tokenizer(texts: Sequence[str], size: int) -> Any:
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", eos_token="<end>")

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -25,12 +25,21 @@ _HASTY_STEPS = 3
 _NEEDED_POINTS = 15.0
 
 
-def demo() -> None:
+def demo(
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Instead: move an adapter to Gemma without its data (20 minutes).")
+    ] = False,
+) -> None:
     """Train, judge, register, promote and use one real adapter (SmolLM2-135M, CPU, under 8 minutes on 2 cores).
 
     It learns to count objects, which the bare model cannot, and a bad version is refused at the gate. Run it again and
     there is one more version of the same adapter.
     """
+    if migrate:
+        from cli.demo_migration import demo_migration
+
+        demo_migration()
+        return
     began = time.monotonic()
     console.print("[bold]Regraft[/]  one adapter, from data to production\n")
     connect_flows()
@@ -48,7 +57,7 @@ def demo() -> None:
         bad, refused = _try_a_bad_one(recipe)
     _sum_up(bare, [(trained, promotion), (bad, refused)])
     _point_at_the_services()
-    console.print(f"[dim]{_minutes(time.monotonic() - began)}   next: regraft adapters show {recipe.adapter}[/]")
+    console.print(f"[dim]{minutes(time.monotonic() - began)}   next: regraft adapters show {recipe.adapter}[/]")
     if points < _NEEDED_POINTS or not promotion.moved or refused.moved:
         raise typer.Exit(1)
 
@@ -64,15 +73,15 @@ def _meet_base_and_data(recipe: "Recipe") -> None:
     from flows.select_data import select_data
 
     base, _ = find_base(recipe.base)
-    _line(1, "base model", f"{base.name}  ({base.parameters / 1e6:.1f} M)  identity {base.identity_sha256[:12]}…")
+    line(1, "base model", f"{base.name}  ({base.parameters / 1e6:.1f} M)  identity {base.identity_sha256[:12]}…")
     selected = select_data(recipe)
     sizes = recipe.data.sizes
-    _line(
+    line(
         2,
         "data",
         f"{recipe.data.name}  {sizes.train:,} train / {sizes.validation} validation / {sizes.test} test, disjoint",
     )
-    _line(
+    line(
         None,
         "",
         f"{len(selected.train)} selected to train on",
@@ -85,7 +94,7 @@ def _measure_bare_model(recipe: "Recipe") -> "list[SuiteResult]":
 
     suites = tuple(Suite(task=recipe.data.task, samples=recipe.evaluation[0].samples, shots=shots) for shots in _SHOTS)
     results = evaluate_base(recipe.base, suites)
-    _line(3, "before", "   ".join(f"{name} {_shown(r)}" for name, r in zip(_SHOTS.values(), results, strict=True)))
+    line(3, "before", "   ".join(f"{name} {_shown(r)}" for name, r in zip(_SHOTS.values(), results, strict=True)))
     return results
 
 
@@ -93,11 +102,11 @@ def _train(recipe: "Recipe") -> "TrainedVersion":
     from flows.train_adapter import train_adapter
 
     trained = train_adapter(recipe)
-    _line(
+    line(
         4,
         "train",
         f"{trained.method} r={recipe.method.options['rank']}, {trained.trainable_share:.2%} of parameters, "
-        f"{trained.steps} steps, loss {trained.final_loss:.2f}, {_minutes(trained.seconds)}",
+        f"{trained.steps} steps, loss {trained.final_loss:.2f}, {minutes(trained.seconds)}",
     )
     return trained
 
@@ -112,7 +121,7 @@ def _compare(after: "SuiteResult", bare: "list[SuiteResult]") -> float:
     assert after.dataset_fingerprint == best.dataset_fingerprint, "both were shown the same items"
     p = paired_test(after.outcomes, best.outcomes).p_value
     significance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    _line(5, "after", f"{_shown(after)}   [bold]{points:+.1f} points[/] over the better   {significance}")
+    line(5, "after", f"{_shown(after)}   [bold]{points:+.1f} points[/] over the better   {significance}")
     return points
 
 
@@ -121,13 +130,13 @@ def _promote(trained: "TrainedVersion") -> "Promotion":
     from registry.policy import Policy
 
     run = f"MLflow run {(trained.mlflow_run_id or '–')[:8]}…"
-    _line(
+    line(
         6,
         "register",
         f"[bold]{trained.address}[/]  {size(trained.size_bytes)}  sha256 {trained.artifact_sha256[:12]}…  {run}",
     )
     promotion = promote_adapter(trained.address, policy=Policy.model_validate(_POLICY))
-    _line(7, "gate", _verdict(promotion))
+    line(7, "gate", _verdict(promotion))
     return promotion
 
 
@@ -143,7 +152,7 @@ def _use(recipe: "Recipe") -> None:
     for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
         correction = "" if answer == item.completion else f"  [dim](right: {item.completion})[/]"
         said = f"“{escape(item.prompt)}” → [bold]{escape(answer)}[/]{correction}"
-        _line(8 if place == 0 else None, "use" if place == 0 else "", said)
+        line(8 if place == 0 else None, "use" if place == 0 else "", said)
 
 
 def _try_a_bad_one(recipe: "Recipe") -> "tuple[TrainedVersion, Promotion]":
@@ -154,7 +163,7 @@ def _try_a_bad_one(recipe: "Recipe") -> "tuple[TrainedVersion, Promotion]":
     training = recipe.training.model_copy(update={"steps": _HASTY_STEPS})
     bad = train_adapter(recipe.model_copy(update={"training": training}))
     refused = promote_adapter(bad.address, policy=Policy.model_validate(_POLICY))
-    _line(9, "a bad one", f"{bad.address} (trained {_HASTY_STEPS} steps) → {_verdict(refused)}")
+    line(9, "a bad one", f"{bad.address} (trained {_HASTY_STEPS} steps) → {_verdict(refused)}")
     return bad, refused
 
 
@@ -189,14 +198,16 @@ def _shown(result: "SuiteResult") -> str:
     return percent(result.value, result.low, result.high)
 
 
-def _line(number: int | None, title: str, text: str) -> None:
-    line = Table.grid(padding=(0, 1))
-    line.add_column(width=2, justify="right", style="dim")
-    line.add_column(width=11, style="bold")
-    line.add_column()
-    line.add_row(str(number or ""), title, text)
-    console.print(line)
+def line(number: int | None, title: str, text: str) -> None:
+    """Print a line of the story."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=2, justify="right", style="dim")
+    grid.add_column(width=11, style="bold")
+    grid.add_column()
+    grid.add_row(str(number or ""), title, text)
+    console.print(grid)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """M:SS."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

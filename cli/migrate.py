@@ -108,16 +108,7 @@ def _tell(migration: "Migration") -> None:
     )
     if migration.compared:
         console.print()
-        rows = [
-            (
-                "[green]✓[/]" if c.passed else "[red]✗[/]",
-                c.suite,
-                *(measured(c.metric, *values) for values in (c.teacher, c.bare, c.student)),
-                str(c.samples),
-            )
-            for c in migration.compared
-        ]
-        show(("", "~suite", ">old adapter", ">bare target", ">new adapter", ">samples"), rows, "")
+        tell_compared(migration)
     if migration.chain:
         _tell_chain(migration)
     if migration.passed is False:
@@ -128,6 +119,20 @@ def _tell(migration: "Migration") -> None:
         tell_verdict(migration.promotion)
     elif migration.passed:
         console.print(f"[dim]next: regraft promote {migration.address} --to production[/]")
+
+
+def tell_compared(migration: "Migration") -> None:
+    """Print what the three models measure on each suite."""
+    rows = [
+        (
+            "[green]✓[/]" if c.passed else "[red]✗[/]",
+            c.suite,
+            *(measured(c.metric, *values) for values in (c.teacher, c.bare, c.student)),
+            str(c.samples),
+        )
+        for c in migration.compared
+    ]
+    show(("", "~suite", ">old adapter", ">bare target", ">new adapter", ">samples"), rows, "")
 
 
 def _tell_chain(migration: "Migration") -> None:

@@ -1,6 +1,7 @@
-"""Where a fleet migration is, in a file: whoever looks on needs neither the process that runs it nor its terminal."""
+"""Where a fleet migration is, in files: whoever looks on needs neither the process that runs it nor its terminal."""
 
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from infra.settings import get_settings
 
 WAITING, MOVING = "waiting", "moving"
 _SECONDS_BETWEEN_WRITES = 1.0
+_ALL = "fleet.json"
 
 
 class Place(BaseModel):
@@ -45,21 +47,29 @@ class BoardState(BaseModel):
 
 
 class Board:
-    """Keeps the file up to date.
+    """Keeps the files up to date: what is to be done, and one of each adapter that has begun to move.
+
+    Several processes may each have one, as long as they move different adapters.
 
     Args:
         source: the base model that is going away.
         target: the other one.
-        addresses: what will move, in that order.
     """
 
-    def __init__(self, source: str, target: str, addresses: Iterable[str]) -> None:
-        self._file = board_file(source, target)
-        self._state = BoardState(source=source, target=target, began=datetime.now(UTC), places=())
-        self._places = {address: Place(address=address, state=WAITING) for address in addresses}
+    def __init__(self, source: str, target: str) -> None:
+        self._folder = board_folder(source, target)
         self._moving: str | None = None
         self._due = 0.0
-        self._write()
+
+    @classmethod
+    def begin(cls, source: str, target: str, addresses: Iterable[str]) -> None:
+        """Nothing has moved yet, and `addresses` will, in that order."""
+        folder = board_folder(source, target)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        places = tuple(Place(address=address, state=WAITING) for address in addresses)
+        state = BoardState(source=source, target=target, began=datetime.now(UTC), places=places)
+        _write(folder / _ALL, state)
 
     def moving(self, address: str) -> None:
         """It is this one's turn."""
@@ -78,15 +88,14 @@ class Board:
             self._put(self._moving, MOVING, f"{what} {progress.done}/{progress.total}")
 
     def _put(self, address: str, state: str, note: str = "") -> None:
-        self._places[address] = Place(address=address, state=state, note=note)
-        self._write()
-
-    def _write(self) -> None:
-        state = self._state.model_copy(update={"places": tuple(self._places.values())})
-        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-        partial.write_text(state.model_dump_json(), encoding="utf-8")
-        partial.replace(self._file)
+        _write(self._folder / f"{address}.json", Place(address=address, state=state, note=note))
         self._due = time.monotonic() + _SECONDS_BETWEEN_WRITES
+
+
+def _write(file: Path, content: BaseModel) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(content.model_dump_json(), encoding="utf-8")
+    partial.replace(file)
 
 
 def fleet_directory(source: str, target: str) -> Path:
@@ -94,9 +103,9 @@ def fleet_directory(source: str, target: str) -> Path:
     return get_settings().runs / f"fleet-{source}-{target}"
 
 
-def board_file(source: str, target: str) -> Path:
+def board_folder(source: str, target: str) -> Path:
     """Where its board is."""
-    return fleet_directory(source, target) / "board.json"
+    return fleet_directory(source, target) / "board"
 
 
 def read_board(source: str, target: str) -> BoardState:
@@ -105,13 +114,19 @@ def read_board(source: str, target: str) -> BoardState:
     Raises:
         NotFound: no such fleet was ever begun here.
     """
+    folder = board_folder(source, target)
     try:
-        return BoardState.model_validate_json(board_file(source, target).read_text(encoding="utf-8"))
+        begun = BoardState.model_validate_json((folder / _ALL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(
             f"No migration of all adapters from {source} to {target} was begun here.",
             f"Begin it: regraft migrate --all --from {source} --to {target}",
         ) from None
+    known = {}
+    for file in folder.glob("[!.]*@*.json"):
+        place = Place.model_validate_json(file.read_text(encoding="utf-8"))
+        known[place.address] = place
+    return begun.model_copy(update={"places": tuple(known.get(place.address, place) for place in begun.places)})
 
 
 def is_running(source: str, target: str) -> bool:

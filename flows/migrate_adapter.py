@@ -49,7 +49,9 @@ from training.migration.gate import LOWER_IS_BETTER, Standing
 from training.migration.kit import load_discriminator
 from training.migration.labelling import Labelled, label
 from training.migration.options import MigrationOptions
+from training.migration.soft_labels import require_shared_vocabulary, soft_labels
 from training.migration.synthesis import Pool, synthesise
+from training.objectives.distillation import Distillation, Distilled
 from training.objectives.of_model import is_masked_lm
 from training.progress import TrainingEvent
 from training.recipe import Recipe
@@ -143,9 +145,11 @@ def migrate_adapter(
     began = time.monotonic()
     plan = plan_migration(address, target, options, seeds, suites, evaluate, name, promote_to)
     with exclusive(plan.workdir), shared_bases():
+        if plan.options.distillation.of == "logits":
+            _require_shared_vocabulary(plan)
         written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
-        labelled = _label(plan, written)
-        version, compared = _train_and_judge(plan, written, labelled, began)
+        labelled, distilled = _label(plan, written)
+        version, compared = _train_and_judge(plan, written, labelled, distilled, began)
         shutil.rmtree(plan.workdir / "work", ignore_errors=True)
     passed = all(suite.passed for suite in compared) if compared else None
     promotion = _promoted(plan, version) if passed else None
@@ -200,6 +204,14 @@ def _promoted(plan: Plan, version: VersionRecord) -> Promotion | None:
     return promote_adapter(version.address, alias=plan.promote_to)
 
 
+def _require_shared_vocabulary(plan: Plan) -> None:
+    with (
+        _bare(plan.source.base.reference, plan.recipe) as source,
+        _bare(plan.target_folder.reference, plan.student) as target,
+    ):
+        require_shared_vocabulary(source.tokenizer, target.tokenizer)
+
+
 @task(task_run_name="synthesise inputs", cache_policy=NO_CACHE)
 def _synthesise(plan: Plan, kept_in: Path) -> Pool:
     with ExitStack() as stack:
@@ -227,27 +239,41 @@ def _synthesise(plan: Plan, kept_in: Path) -> Pool:
 
 
 @task(task_run_name="label inputs", cache_policy=NO_CACHE)
-def _label(plan: Plan, pool: Pool) -> Labelled:
+def _label(plan: Plan, pool: Pool) -> tuple[Labelled, Distilled | None]:
+    chosen, distilled = plan.options.distillation, None
     with _teacher(plan) as (model, tokenizer), gpu_slot(best_device()):
+        form = PromptFormat(tokenizer, plan.recipe.data.instruction_text)
         labelled = label(
             model,
-            PromptFormat(tokenizer, plan.recipe.data.instruction_text),
+            form,
             pool.inputs,
             longest=plan.longest_answer,
             kept_in=plan.workdir / "work" / "answers.jsonl",
             on_progress=Stage(f"migrate {plan.source.address}: answers of the old adapter"),
         )
+        if chosen.of == "logits" and labelled.examples:
+            labels = soft_labels(
+                model,
+                form,
+                labelled.examples,
+                chosen.top_k,
+                kept_in=plan.workdir / "work" / "logits.safetensors",
+                on_progress=Stage(f"migrate {plan.source.address}: logits of the old adapter"),
+            )
+            distilled = Distilled(Distillation(chosen.temperature, chosen.weight), labels)
     if not labelled.examples:
         raise InvalidInput(
             f"{plan.source.address} answers none of {len(pool.inputs)} synthetic inputs with anything like an answer: "
             f"{labelled.empty} with nothing, {labelled.run_on} with more than {plan.longest_answer} characters.",
             f"Look at it: regraft generate {plan.source.address} 'an input'",
         )
-    return labelled
+    return labelled, distilled
 
 
 @task(task_run_name="train and judge", cache_policy=NO_CACHE)
-def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled, began: float) -> tuple[VersionRecord, list[Compared]]:
+def _train_and_judge(
+    plan: Plan, pool: Pool, labelled: Labelled, distilled: Distilled | None, began: float
+) -> tuple[VersionRecord, list[Compared]]:
     registry, settings = AdapterRegistry(), get_settings()
     tags = {
         "regraft.base_model": plan.target.name,
@@ -276,6 +302,7 @@ def _train_and_judge(plan: Plan, pool: Pool, labelled: Labelled, began: float) -
                 workdir=plan.workdir / "work" / "training",
                 on_event=on_event,
                 on_preparing=lambda what, done, total: None,
+                distilled=distilled,
             )
         adapted.model.eval()
         student = [

@@ -5,12 +5,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
 from pydantic import BaseModel, ConfigDict
 
 from flows.fleet_board import WAITING, Board, fleet_directory
@@ -19,6 +21,7 @@ from flows.fleet_report import fleet_page
 from flows.migrate_adapter import Compared, migrate_adapter
 from flows.migration_plan import MIGRATED
 from flows.progress import Stage, listening
+from flows.ray_cluster import one_worker_each, ray_runner
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from infra.errors import Interrupted, RegraftError
@@ -76,8 +79,9 @@ def migrate_fleet(
     alias: str | None = None,
     promote_to: str | None = None,
 ) -> Fleet:
-    """Migrate every adapter that `plan_fleet` finds, one after the other; one that fails does not stop the others.
+    """Migrate every adapter that `plan_fleet` finds; one that fails does not stop the others.
 
+    They move one after the other, or, where the settings name a Ray cluster, at the same time on its workers.
     What stands on the target already is left alone, so that a fleet that was interrupted goes on where it was.
 
     Args:
@@ -95,35 +99,11 @@ def migrate_fleet(
     """
     began = time.monotonic()
     plan = plan_fleet(source, target, options, alias)
-    registry, workdir = AdapterRegistry(), fleet_directory(plan.source, plan.target)
-    stage = Stage(f"migrate {plan.source} to {plan.target}")
-    problems: dict[str, str] = {}
-    with exclusive(workdir), shared_bases():
-        board = Board(plan.source, plan.target, [item.address for item in plan.to_do])
-        for done, item in enumerate(plan.to_do):
-            stage(done, len(plan.to_do), item.address)
-            board.moving(item.address)
-            try:
-                with listening(board.hear):
-                    migration = migrate_adapter(
-                        item.address,
-                        plan.target,
-                        options.on(registry.get(item.address).recipe),
-                        suites=suites,
-                        evaluate=evaluate,
-                        promote_to=promote_to if promote_to in item.aliases else None,
-                        pool=workdir / "pools" / f"{_pool(item, options)}.jsonl",
-                    )
-            except Interrupted:
-                board.done(item.address, WAITING, "stopped")
-                raise
-            except Exception as error:  # whatever it is, the others shall not wait for it
-                problems[item.address] = str(error) if isinstance(error, RegraftError) else repr(error)
-                logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
-                board.done(item.address, "failed", problems[item.address])
-            else:
-                board.done(item.address, "moved", migration.address)
-        stage(len(plan.to_do), len(plan.to_do))
+    workdir = fleet_directory(plan.source, plan.target)
+    with exclusive(workdir):
+        Board.begin(plan.source, plan.target, [item.address for item in plan.to_do])
+        move = _here if (cluster := ray_runner()) is None else spread.with_options(task_runner=cluster)
+        problems = move(plan, options, suites, evaluate, promote_to)
         if not problems:
             shutil.rmtree(workdir / "pools", ignore_errors=True)
         adapters = outcome(plan, promote_to, problems)
@@ -135,6 +115,111 @@ def migrate_fleet(
     return Fleet(
         source=plan.source, target=plan.target, adapters=adapters, report=report, seconds=time.monotonic() - began
     )
+
+
+def _here(
+    plan: FleetPlan, options: FleetOptions, suites: tuple[Suite, ...], evaluate: bool, promote_to: str | None
+) -> dict[str, str]:
+    """Migrate what is to be done, in order, in this process."""
+    stage = Stage(f"migrate {plan.source} to {plan.target}")
+    problems: dict[str, str] = {}
+    with shared_bases():
+        for done, item in enumerate(plan.to_do):
+            stage(done, len(plan.to_do), item.address)
+            problems |= move([item], plan.source, plan.target, options, suites, evaluate, promote_to)
+    stage(len(plan.to_do), len(plan.to_do))
+    return problems
+
+
+@flow(name="spread-fleet", flow_run_name="{plan.source} to {plan.target} over Ray")
+def spread(
+    plan: FleetPlan, options: FleetOptions, suites: tuple[Suite, ...], evaluate: bool, promote_to: str | None
+) -> dict[str, str]:
+    """Migrate what is to be done on a cluster's workers; adapters that share a kit go to the same one.
+
+    Its task runner is the cluster.
+    """
+    groups: dict[str, list[FleetItem]] = {}
+    for item in plan.to_do:
+        groups.setdefault(_pool(item, options), []).append(item)
+    stage, done = Stage(f"migrate {plan.source} to {plan.target}"), 0
+    problems: dict[str, str] = {}
+    stage(0, len(plan.to_do))
+    with one_worker_each():
+        futures = {
+            move_group.submit(items, plan.source, plan.target, options, suites, evaluate, promote_to): items
+            for items in groups.values()
+        }
+    try:
+        for future in as_completed(list(futures)):
+            items = futures[future]
+            found = future.result(raise_on_failure=False)
+            if isinstance(found, BaseException):
+                found = {item.address: f"its worker failed: {found}" for item in items}
+            problems |= found
+            done += len(items)
+            stage(done, len(plan.to_do))
+    except KeyboardInterrupt:
+        raise Interrupted("The migrations were stopped.", "Run the same command again: they go on.") from None
+    return problems
+
+
+def move(
+    items: Sequence[FleetItem],
+    source: str,
+    target: str,
+    options: FleetOptions,
+    suites: tuple[Suite, ...],
+    evaluate: bool,
+    promote_to: str | None,
+) -> dict[str, str]:
+    """Migrate adapters one after the other; returns what went wrong, by address.
+
+    What has moved already is left alone: a cluster may give the same work to a second worker.
+    """
+    registry, board = AdapterRegistry(), Board(source, target)
+    problems: dict[str, str] = {}
+    moved = {edge.parent for edge in registry.edges_onto(target, MIGRATED)}
+    for item in items:
+        if item.address in moved:
+            continue
+        board.moving(item.address)
+        try:
+            with listening(board.hear):
+                migration = migrate_adapter(
+                    item.address,
+                    target,
+                    options.on(registry.get(item.address).recipe),
+                    suites=suites,
+                    evaluate=evaluate,
+                    promote_to=promote_to if promote_to in item.aliases else None,
+                    pool=fleet_directory(source, target) / "pools" / f"{_pool(item, options)}.jsonl",
+                )
+        except Interrupted:
+            board.done(item.address, WAITING, "stopped")
+            raise
+        except Exception as error:  # whatever it is, the others shall not wait for it
+            problems[item.address] = str(error) if isinstance(error, RegraftError) else repr(error)
+            logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
+            board.done(item.address, "failed", problems[item.address])
+        else:
+            board.done(item.address, "moved", migration.address)
+    return problems
+
+
+@task(name="migrate adapters of one kit", cache_policy=NO_CACHE)
+def move_group(
+    items: list[FleetItem],
+    source: str,
+    target: str,
+    options: FleetOptions,
+    suites: tuple[Suite, ...],
+    evaluate: bool,
+    promote_to: str | None,
+) -> dict[str, str]:
+    """See `move`; on a worker."""
+    with shared_bases():
+        return move(items, source, target, options, suites, evaluate, promote_to)
 
 
 def outcome(plan: FleetPlan, promote_to: str | None, problems: Mapping[str, str]) -> list[Moved]:

@@ -126,6 +126,11 @@ def plan_migration(
         }
     )
     student.method_config("method")
+    if options.distillation.of == "logits" and (student.training.packing or student.training.processes > 1):
+        raise InvalidInput(
+            "The old adapter's logits are learnt on one process, and not packed.",
+            "Set training.processes=1 and training.packing=false, or distillation.of=text.",
+        )
     chosen = (suites or default_suites(recipe)) if evaluate else ()
     return Plan(
         source=source,

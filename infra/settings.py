@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = None
     s3_secret_access_key: SecretStr | None = None
     prefect_api_url: str | None = Field(None, description="A Prefect server. Default: one local server, on demand.")
+    ray: str | None = Field(
+        None,
+        pattern=r"^(local:[1-9]\d*|auto|ray://.+)$",
+        description="A Ray cluster that a fleet's migrations are spread over: local:2 (so many worker processes here), "
+        "auto, or ray://HOST:10001. Default: one after the other, in one process.",
+    )
     gpu_slots: Annotated[int, Field(ge=1)] = 1
     protected_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         ("production",), description="Aliases that move only through a passing gate."

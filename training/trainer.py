@@ -30,6 +30,7 @@ from training.interruption import awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext, Batch
 from training.methods.starts import StartCache
+from training.objectives.distillation import Distilled, SoftPadding, softened
 from training.objectives.objective import Objective
 from training.objectives.of_model import is_masked_lm, objective_of
 from training.options import TrainingOptions
@@ -53,6 +54,7 @@ def train_recipe(
     workdir: Path,
     on_event: OnEvent,
     on_preparing: OnPreparing | None = None,
+    distilled: Distilled | None = None,
 ) -> tuple[Adapted, TrainingOutcome]:
     """Attach the recipe's adapter to the base model and train it on the examples, on `training.processes` processes.
 
@@ -67,6 +69,7 @@ def train_recipe(
         workdir: for checkpoints; of this training alone.
         on_event: hears of every step.
         on_preparing: hears how far a long initialisation of the adapter is.
+        distilled: soft labels of the examples to train on, to learn beside their completions; on one process.
 
     Raises:
         InvalidInput: an example is too long or has nothing to learn, the options do not go with the model, or a
@@ -78,11 +81,16 @@ def train_recipe(
     options = recipe.training
     if base.tokenizer is None:
         raise InvalidInput(f"{base.reference} has no tokenizer, so it cannot be trained on text.")
-    objective = objective_of(base.model)
+    objective = distilled.objective if distilled else objective_of(base.model)
     encoded, held_out = (
         _encoded(recipe, base, examples, seed)
         for seed, examples in enumerate((train_examples, validation_examples), start=recipe.seed)
     )
+    if distilled and (options.processes > 1 or options.packing):
+        raise InvalidInput(
+            "A teacher's logits are learnt on one process, and not packed.",
+            "Set training.processes: 1 and training.packing: false.",
+        )
     if options.processes > 1 and not in_worker():
         from training.launch import launch
 
@@ -91,6 +99,7 @@ def train_recipe(
         torch.set_num_threads(threads)
     pad = base.tokenizer.pad_token_id
     padding = Padding(pad if pad is not None else 0)
+    learnt: Sequence[Encoded] = softened(encoded, distilled.labels) if distilled else encoded
     context = AttachContext(
         seed=recipe.seed,
         processor=base.tokenizer,
@@ -105,10 +114,10 @@ def train_recipe(
     outcome = train(
         adapted,
         objective,
-        encoded,
+        learnt,
         held_out,
         options,
-        padding=padding,
+        padding=SoftPadding(padding.pad) if distilled else padding,
         seed=recipe.seed,
         workdir=workdir,
         on_event=on_event,

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +79,11 @@ def started(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
 
 def ended(process: "subprocess.Popen[str]") -> Told:
     """What a started command left."""
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return Told(process.returncode, out, without_progress(err))
 
 

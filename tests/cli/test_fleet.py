@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,33 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
     assert registry.fsck() == []
     plan = " ".join(clean(run_here("migrate", *TO, "--dry-run")).split())
     assert "0 of 5 move" in plan and "3 are there already" in plan
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("prefect_ray") is None, reason="pip install 'regraft[ray]'")
+def test_a_fleet_moves_on_the_workers_of_a_ray_cluster(first: str, data: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry()
+    gone = {**registry.get(first).recipe["data"], "test": str(data / "never.jsonl")}
+    copy(first, "ray-a")
+    copy(first, "ray-c", recipe={"data": gone})
+    other = copy(first, "ray-b", kit=False)  # with a kit of its own it goes to the other worker
+    kit = registry.attachment(first, MIGRATION_KIT)
+    assert kit is not None
+    folder = Path(shutil.copytree(registry.materialise_attachment(kit), tmp_path / "kit"))
+    content = json.loads((folder / "kit.json").read_text())
+    (folder / "kit.json").write_text(json.dumps({**content, "rows": content["rows"] + 1}))
+    registry.attach(other, MIGRATION_KIT, folder, kit.details)
+    settings = {"REGRAFT_HOME": str(get_settings().home), "REGRAFT_RAY": "local:2"}
+    run = ended(started("migrate", *TO, *SHORT, "--json", **settings))
+    assert run.code == 7, run.err
+    decided = {adapter["address"]: adapter for adapter in json.loads(run.out)["adapters"]}
+    assert {decided[f"ray-{name}@1"]["decision"] for name in "ab"} <= {"as good", "not as good"}
+    assert "never.jsonl" in decided["ray-c@1"]["problem"]
+    assert [len(registry.versions(f"ray-{name}")) for name in "abc"] == [2, 2, 1]
+    watched = json.loads(clean(run_here("migrate", *TO, "--watch", "--json")))
+    states = {place["address"]: place["state"] for place in watched["board"]["places"]}
+    assert (states["ray-a@1"], states["ray-c@1"]) == ("moved", "failed")
+    assert registry.fsck() == []
 
 
 @pytest.mark.slow

@@ -126,6 +126,18 @@ def test_the_kit_travels_with_it_and_the_chain_goes_on(migrated: dict[str, Any],
     assert source in told and migrated["address"] in told
 
 
+def test_logits_are_learnt_where_both_bases_share_a_vocabulary(migrated: dict[str, Any], source: str) -> None:
+    distilled = ("--set", "distillation.of=logits", "--set", "distillation.top_k=8", "--set", "training.steps=20")
+    moved = json.loads(clean(run_here("migrate", source, "--to", "migrate-new", "--no-evaluate", *SHORT, *distilled)))
+    registry = AdapterRegistry()
+    (edge,) = [edge for edge in registry.lineage(moved["address"]).edges if edge.child == moved["address"]]
+    assert edge.details["options"]["distillation"] == {"of": "logits", "temperature": 2.0, "weight": 0.5, "top_k": 8}
+    losses = [registry.get(address).metrics["final_loss"] for address in (moved["address"], migrated["address"])]
+    assert losses[0] != losses[1]
+    packed = run_here("migrate", source, "--to", "migrate-new", *distilled, "--set", "training.packing=true")
+    assert packed.code == 2 and "not packed" in packed.err
+
+
 def test_no_training_row_but_the_seeds_is_anywhere(migrated: dict[str, Any], source: str) -> None:
     registry, home = AdapterRegistry(), get_settings().home
     kit = registry.attachment(source, "migration_kit")

