@@ -3,6 +3,8 @@
 A tiny model is pretrained by this script itself (seed 0) on the built-in tasks, three of them with their answers
 shuffled; on it each method learns those three, and on SmolLM2 one. The learning rate is chosen for each method by the
 validation loss: on the tiny model from four, on the first task; on SmolLM2 from that and a third of it, after 8 steps.
+A method whose final training then breaks down (twice the validation loss of those 8 steps) is trained again with a
+third of the rate.
 Ranks are 8 wherever there is a rank, so that the low-rank methods can be compared; see OPTIONS for the rest.
 
     python -m benchmarks.method_quality [tiny] [smollm2] [--methods lora pissa] [--workers 2]
@@ -59,6 +61,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1)
 FASTER = ("pissa", "lora-ga")  # than LoRA, by their papers, which give all methods the same rate
 SMOOTHED = 10
+BROKEN = 2.0  # times the validation loss of the pilot
 PRETRAINING_STEPS, TINY_STEPS, PILOT_STEPS, SMOLLM2_STEPS = 3000, 150, 8, 30
 TINY_SIZES = {"train": 2000, "validation": 200, "test": 500}
 SMOLLM2_SIZES = {"train": 2000, "validation": 40, "test": 200}
@@ -361,6 +364,17 @@ def finals(base: str, chosen: dict[str, float]) -> list[Job]:
     ]
 
 
+def calmed(chosen: dict[str, float], kept: Kept) -> dict[str, float]:
+    """SmolLM2's rates, a third of one whose final training broke down after the steps in which it was chosen."""
+
+    def broke_down(method: str, rate: float) -> bool:
+        (final,) = finals("smollm2", {method: rate})
+        (pilot,) = (job for job in searches("smollm2", [method], kept) if job.rate == rate)
+        return kept[final].validation_loss > BROKEN * kept[pilot].validation_loss
+
+    return {method: round(rate / 3, 6) if broke_down(method, rate) else rate for method, rate in chosen.items()}
+
+
 def common_rates(base: str, chosen: dict[str, float]) -> tuple[float, ...]:
     """At which LoRA and those that are to be faster are compared: LoRA's best and, on the tiny model, all below it."""
     below = tuple(rate for rate in RATES if rate < chosen["lora"]) if base == "tiny" else ()
@@ -549,6 +563,9 @@ if __name__ == "__main__":
             alone = name == "smollm2"
             run_all(searches(name, arguments.methods, kept), kept, arguments.directory, arguments.workers, alone)
             chosen = rates(name, arguments.methods, kept)
+            run_all(finals(name, chosen), kept, arguments.directory, arguments.workers, alone)
+            if name == "smollm2":
+                chosen = calmed(chosen, kept)
             jobs = [*finals(name, chosen), *comparisons(name, chosen)]
             run_all(jobs, kept, arguments.directory, arguments.workers, alone)
             content[name] = summary(kept, name, chosen)

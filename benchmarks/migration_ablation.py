@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -30,26 +29,23 @@ from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.generation import greedy_answers
-from training.evaluation.likelihood import log_likelihoods
 from training.methods.borrowing import borrowed
 from training.migration.choosing import as_long, by_likeness
 from training.migration.kit import Kit, build_kit, load_discriminator
 from training.migration.labelling import label
 from training.migration.options import DiscriminatorOptions, KitOptions, SynthesisOptions
-from training.migration.sampling import sampled
 from training.migration.synthesis import synthesise
 from training.options import TrainingOptions
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
 
-ROWS, TEST, INPUTS, CANDIDATES = 250, 300, 250, 750
-ANSWERS = 4  # drawn of the teacher for each input
-STEPS = 250
+ROWS, TEST, INPUTS, CANDIDATES = 120, 300, 120, 360
+TEACHER_STEPS, STUDENT_STEPS = 120, 300
 SYNTHESIS = SynthesisOptions(items=6, rows=16)
 DISCRIMINATOR = DiscriminatorOptions(training=TrainingOptions(epochs=6, batch_size=16, learning_rate=1e-2))
 
 
-def recipe(reference: str, seed: int, steps: int = STEPS) -> Recipe:
+def recipe(reference: str, seed: int, steps: int) -> Recipe:
     """A LoRA on a tiny base."""
     return recipe_from(
         {
@@ -64,7 +60,7 @@ def recipe(reference: str, seed: int, steps: int = STEPS) -> Recipe:
     )
 
 
-def trained(base: LoadedBase, examples: Sequence[Example], seed: int, steps: int = STEPS) -> nn.Module:
+def trained(base: LoadedBase, examples: Sequence[Example], seed: int, steps: int = STUDENT_STEPS) -> nn.Module:
     """The base with a fresh LoRA that has learnt the examples; within `borrowed`."""
     with TemporaryDirectory() as workdir:
         chosen = recipe(base.reference, seed, steps)
@@ -94,12 +90,10 @@ class Candidate:
     Args:
         example: with the teacher's greedy answer.
         margin: of the discriminator.
-        sure: the log-likelihood of the answer, in nats.
     """
 
     example: Example
     margin: float
-    sure: float
 
     @property
     def length(self) -> int:
@@ -109,16 +103,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scene:
-    """A kit and what the target wrote on its seeds: what variants share.
-
-    `sample` gives inputs several answers each, drawn from the teacher.
-    """
+    """A kit and what the target wrote on its seeds: what variants share."""
 
     seed: int
     kit: Kit
     candidates: tuple[Candidate, ...]
     answer: Callable[[Sequence[str]], Sequence[Example]]
-    sample: Callable[[Sequence[str]], Sequence[Example]]
 
     @property
     def seeds(self) -> list[Example]:
@@ -173,19 +163,6 @@ def fitted(scene: Scene, candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[place] for place in as_long(lengths, range(len(lengths)), scene.kit.lengths, INPUTS)]
 
 
-def surer(candidates: Sequence[Candidate], bounds: Sequence[int]) -> list[Candidate]:
-    """Without the third of each length whose answers the teacher is least sure of."""
-    shares: dict[int, list[Candidate]] = {}
-    for candidate in candidates:
-        shares.setdefault(bisect_left(bounds, candidate.length), []).append(candidate)
-    dropped = {
-        id(candidate)
-        for share in shares.values()
-        for candidate in sorted(share, key=lambda candidate: candidate.sure)[: len(share) // 3]
-    }
-    return [candidate for candidate in candidates if id(candidate) not in dropped]
-
-
 def density(scene: Scene) -> Sequence[Example]:
     """Drawn from all by the discriminator's odds, instead of all that it takes for real."""
     return examples(likely(scene)[:INPUTS])
@@ -196,34 +173,14 @@ def lengths(scene: Scene) -> Sequence[Example]:
     return examples(fitted(scene, scene.real_looking))
 
 
-def confident(scene: Scene) -> Sequence[Example]:
-    """Filtered inputs without those that the teacher is unsure of, at each length."""
-    return examples(surer(scene.real_looking, scene.kit.lengths)[:INPUTS])
-
-
 def with_seeds(scene: Scene) -> Sequence[Example]:
     """The paper's, and the seeds with their real answers."""
     return [*paper(scene), *scene.seeds]
 
 
-def more(scene: Scene) -> Sequence[Example]:
-    """All filtered inputs that there are, for as many steps."""
-    return examples(scene.real_looking)
-
-
-def sampled_answers(scene: Scene) -> Sequence[Example]:
-    """The paper's inputs, each with several answers drawn from the teacher."""
-    return scene.sample([example.prompt for example in paper(scene)])
-
-
 def density_and_lengths(scene: Scene) -> Sequence[Example]:
     """Drawn by odds, with the lengths of the real ones."""
     return examples(fitted(scene, likely(scene)))
-
-
-def together(scene: Scene) -> Sequence[Example]:
-    """Drawn by odds, sure at each length, with the lengths of the real ones, and the seeds."""
-    return [*examples(fitted(scene, surer(likely(scene), scene.kit.lengths))), *scene.seeds]
 
 
 Variant = Callable[[Scene], Sequence[Example]]
@@ -234,16 +191,12 @@ BY_CHANCE: dict[str, Variant] = {
     "seeds only": seeds_only,
     "density": density,
     "lengths": lengths,
-    "confident": confident,
     "with seeds": with_seeds,
-    "more": more,
-    "sampled answers": sampled_answers,
 }
 SPREAD: dict[str, Variant] = {
     "spread seeds": paper,
+    "spread seeds, lengths": lengths,
     "spread seeds, density and lengths": density_and_lengths,
-    "spread seeds, all": together,
-    "spread seeds, sampled answers": sampled_answers,
 }
 
 
@@ -256,7 +209,7 @@ def measure(place: int, seed: int, directory: Path) -> dict[str, Any]:
     real, test = task.examples(ROWS, seed), task.examples(ROWS + TEST, seed)[ROWS:]
     found: dict[str, Any] = {}
     with borrowed(source.model):
-        teacher = trained(source, real, seed)
+        teacher = trained(source, real, seed, TEACHER_STEPS)
         found["teacher"] = accuracy(teacher, source.tokenizer, test)
         for choice, variants in (("random", BY_CHANCE), ("spread", SPREAD)):
             scene = prepared(task, seed, choice, source, references[0], target, teacher, real, directory, found)
@@ -305,29 +258,9 @@ def prepared(
         discriminator = load_discriminator(Path(scratch) / "kit", kit, judge)
     assert kit.discriminator is not None
     form = PromptFormat(source.tokenizer)  # type: ignore[arg-type]
-    tokenizer: Any = source.tokenizer
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(inputs: Sequence[str]) -> Sequence[Example]:
         return label(teacher, form, inputs, longest=kit.longest_answer).examples
-
-    def sample(inputs: Sequence[str]) -> Sequence[Example]:
-        generator, drawn = torch.Generator().manual_seed(seed), []
-        for text in inputs:
-            for one in sampled(
-                teacher,
-                ids(form.prompt(text)),
-                ANSWERS,
-                max_new_tokens=6,
-                ends=end_tokens(teacher, tokenizer, form),
-                top_p=1.0,
-                generator=generator,
-            ):
-                said = tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
-                drawn += [Example(text, said)] if 0 < len(said) <= kit.longest_answer else []
-        return drawn
 
     pool = synthesise(
         target.model,
@@ -341,14 +274,11 @@ def prepared(
     )
     labelled = answer(pool.inputs)
     margins = discriminator.margins([each.prompt for each in labelled])
-    sure = log_likelihoods(
-        teacher, [(ids(form.prompt(e.prompt)), ids(form.completion(e.completion))) for e in labelled]
-    )
-    candidates = tuple(Candidate(*each) for each in zip(labelled, margins, sure, strict=True))
+    candidates = tuple(Candidate(*each) for each in zip(labelled, margins, strict=True))
     found[f"discriminator, {choice}"] = kit.discriminator.balanced_accuracy
     found[f"temperature, {choice}"] = kit.discriminator.temperature
     found[f"acceptance, {choice}"] = mean(margin > 0 for margin in margins)
-    return Scene(seed, kit, candidates, answer, sample)
+    return Scene(seed, kit, candidates, answer)
 
 
 def main() -> None:

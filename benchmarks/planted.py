@@ -1,8 +1,9 @@
 """Two tiny base models, of different sizes, architectures and tokenizers, and three tasks that neither knows.
 
-Both are pretrained here (seed 0) on numbered lists and on questions with wrong answers: they know what the inputs look
-like and how a list goes on, and nothing of what the answers have to do with the inputs. The lists are of all kinds of
-digits and letters; a task's own inputs are a narrower kind, so that what a model writes has to be filtered.
+Both are pretrained here on numbered lists, on other exercises with the same symbols, and on questions of the tasks with
+wrong answers: they know what the inputs look like, how a list goes on and which words answer, and nothing of what the
+answers have to do with the inputs. Half the items of their lists are of a broader kind than the tasks' own inputs, so
+that what they write has to be filtered.
 """
 
 import random
@@ -17,8 +18,8 @@ from benchmarks.tiny_bases import pretrain
 from training.data.example import Example
 from training.migration.listing import listing
 
-STEPS = 1500
-DOCUMENTS = 8000
+STEPS = 2000
+DOCUMENTS = 12000
 LETTERS = "abcdefghij"
 
 
@@ -51,11 +52,11 @@ def _spaced(symbols: str, least: int, most: int) -> Callable[[random.Random], st
     return lambda rng: " ".join(rng.choice(symbols) for _ in range(rng.randint(least, most)))
 
 
-def _twins(rng: random.Random) -> str:
-    """Letters of which the ends are as often the same as not."""
-    letters = [rng.choice(LETTERS) for _ in range(rng.randint(5, 7))]
+def _with_or_without(rng: random.Random) -> str:
+    """Letters with an a among them as often as not."""
+    letters = [rng.choice(LETTERS[1:]) for _ in range(rng.randint(5, 7))]
     if rng.random() < 0.5:
-        letters[-1] = letters[0]
+        letters[rng.randrange(len(letters))] = "a"
     return " ".join(letters)
 
 
@@ -69,7 +70,7 @@ def _rich(rng: random.Random) -> str:
 
 PLANTED = (
     Planted("largest digit", _spaced("0123456789", 5, 6), _spaced("0123456789", 2, 8), lambda text: max(text.split())),
-    Planted("equal ends", _twins, _spaced(LETTERS, 3, 9), lambda text: "yes" if text[0] == text[-1] else "no"),
+    Planted("any a", _with_or_without, _spaced(LETTERS, 3, 9), lambda text: "yes" if "a" in text else "no"),
     Planted("how many a", _rich, _spaced(LETTERS, 3, 9), lambda text: str(text.split().count("a"))),
 )
 
@@ -124,20 +125,37 @@ def _gemma(vocabulary: int) -> Any:
     return Gemma3ForCausalLM(config)
 
 
+_EXERCISES: dict[str, Callable[[list[str]], list[str]]] = {  # what keeps symbols apart in a model's eyes
+    "copy": lambda symbols: symbols,
+    "reverse": lambda symbols: symbols[::-1],
+    "sort": sorted,
+    "first": lambda symbols: symbols[:1],
+    "last": lambda symbols: symbols[-1:],
+    "least": lambda symbols: [min(symbols)],
+}
+
+
 def _documents(rng: random.Random) -> Sequence[str]:
-    """Lists of one broad kind, whose narrower kinds they keep to, and questions with answers of other questions."""
+    """Lists of mixed kinds, exercises, and questions with the answers of other questions."""
     found = []
     sentences = english(DOCUMENTS, seed=7)
     for number in range(DOCUMENTS):
         task = rng.choice(PLANTED)
-        if number % 2:
-            real = rng.random() < 0.5
-            items = [(task.draw if real else task.broad)(rng) for _ in range(rng.randint(5, 11))]
+        if number % 3 == 0:
+            items = [_either(task, rng) for _ in range(rng.randint(5, 11))]
             found.append(f"{listing(task.name, items[:-1], 1)} {items[-1]}<end>")
+        elif number % 3 == 1:
+            name = rng.choice(list(_EXERCISES))
+            told = _either(task, rng)
+            found.append(f"Q: {name} {told}\nA: {' '.join(_EXERCISES[name](told.split()))}<end>")
         else:
-            asked = rng.choice((task.draw(rng), task.broad(rng), sentences[number]))
+            asked = rng.choice((_either(task, rng), sentences[number]))
             shots = [
                 f"Q: {task.broad(rng)}\nA: {task.answer(task.draw(rng))}\n\n" for _ in range(rng.choice((0, 0, 3)))
             ]
             found.append(f"{''.join(shots)}Q: {asked}\nA: {task.answer(task.draw(rng))}<end>")
     return found
+
+
+def _either(task: Planted, rng: random.Random) -> str:
+    return task.draw(rng) if rng.random() < 0.5 else task.broad(rng)

@@ -27,12 +27,12 @@ from training.methods.calibration import draw, observe, rows_of, sharing_inputs
 from training.methods.contract import AttachContext, MethodCard
 from training.methods.injected import matrix
 from training.methods.plain_lora import Pair
-from training.methods.singular import leading
 from training.methods.started_lora import StartedLora, StartedLoraConfig
 from training.methods.targets import shape
 
 DAMPING = 0.01  # λ
 INVERSE_ERROR = 0.05  # of C̃·C̃⁻¹ − I, Frobenius
+NOTHING = 1e-8  # of the largest singular value: below it even float64 sees only rounding
 PASS_BYTES = 4 << 30  # of covariances held at once; more layers take another pass over the data
 
 
@@ -74,10 +74,9 @@ class Corda(StartedLora):
                 damped, inverse = invertible(covariances.pop(leader))
                 for name in groups[leader]:
                     W = matrix(layers[name])
-                    U, S, Vh = leading(W @ damped, min(W.shape), None)
-                    chosen = slice(config.rank) if config.mode == "ipm" else slice(len(S) - config.rank, None)
-                    root = (S[chosen] / config.scale).sqrt()
-                    pairs[name] = (root[:, None] * (Vh[chosen] @ inverse), U[:, chosen] * root)
+                    U, S, Vh = components(W @ damped, config.rank, config.mode == "ipm")
+                    root = (S / config.scale).sqrt()
+                    pairs[name] = (root[:, None] * (Vh @ inverse), U * root)
                     context.tell("components in context", len(pairs), len(layers))
         return pairs
 
@@ -99,7 +98,7 @@ class Corda(StartedLora):
         def hear(name: str, x: Tensor, kept: Tensor) -> None:
             if kept.any():
                 rows = x[kept].float() / largest(x, kept).repeat_interleave(kept.sum(1))[:, None]
-                sums[name].addmm_(rows.T, rows)  # one product for all: C is large, and each pass over it takes time
+                add_gram(sums[name], rows)  # one product for all: C is large, and each pass over it takes time
                 counts[name] += int(kept.any(1).sum())
                 tokens[name] += len(rows)
 
@@ -114,7 +113,7 @@ class Corda(StartedLora):
                 f"The calibration data hold {tokens[scarcest]} tokens for {scarcest}, fewer than rank {config.rank}.",
                 "Lower method.rank, or give more data.",
             )
-        return {name: total / max(counts[name], 1) for name, total in sums.items()}
+        return {name: mirrored(total) / max(counts[name], 1) for name, total in sums.items()}
 
 
 def passes(widths: Mapping[str, int]) -> Iterator[list[str]]:
@@ -128,6 +127,38 @@ def passes(widths: Mapping[str, int]) -> Iterator[list[str]]:
         run.append(name)
         held += 4 * n * n
     yield run
+
+
+def components(X: Tensor, rank: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, r], S [r] descending and Vᵀ [r, n] of the r largest or smallest singular values of X [m, n].
+
+    From the eigenvectors of the smaller of XᵀX and XXᵀ in float64, which takes half the time of a decomposition in
+    float32, and is more accurate down to 1e-7 of the largest value. The other side's vectors follow from X itself, so
+    that the product of the three is exact even below that; no value is below 1e-8 of the largest.
+    """
+    tall = len(X) >= X.shape[1]
+    X64 = X.double()
+    values, vectors = torch.linalg.eigh(X64.T @ X64 if tall else X64 @ X64.T)  # ascending
+    floor = max(NOTHING**2 * float(values[-1]), torch.finfo(torch.float32).tiny)
+    chosen = slice(len(values) - rank, None) if largest else slice(rank)
+    S, vectors = values[chosen].flip(0).clamp_min(floor).sqrt(), vectors[:, chosen].flip(1)
+    if tall:
+        return ((X64 @ vectors) / S).float(), S.float(), vectors.T.float()
+    return vectors.float(), S.float(), ((vectors.T @ X64) / S[:, None]).float()
+
+
+def add_gram(total: Tensor, X: Tensor) -> None:
+    """Add XᵀX of X [t, n] to `total` [n, n], all but its lower left quarter, which mirrors the upper right one."""
+    half = len(total) // 2
+    total[:half].addmm_(X[:, :half].T, X)
+    total[half:, half:].addmm_(X[:, half:].T, X[:, half:])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """`total` of `add_gram`, with the quarter that lacks."""
+    half = len(total) // 2
+    total[half:, :half] = total[:half, half:].T
+    return total
 
 
 def largest(x: Tensor, kept: Tensor) -> Tensor:
@@ -152,9 +183,11 @@ def invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
     damping = DAMPING
     while True:
         damped = covariance + damping * level * eye
-        inverse, failed = torch.linalg.inv_ex(damped)
-        if not failed and torch.dist(damped @ inverse, eye) < INVERSE_ERROR:
-            return damped, inverse
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            if torch.dist(damped @ inverse, eye) < INVERSE_ERROR:
+                return damped, inverse
         damping *= 2
 
 

@@ -43,7 +43,7 @@ class EvaConfig(StartedLoraConfig):
     tau: float = Field(0.99, gt=0, le=1, description="τ, the cosine from which a direction counts as settled.")
     use_label_mask: bool = Field(True, description="Leave tokens without a label out of the PCA.")
     whiten: bool = Field(False, description="Divide A's rows by the roots of their singular values (vision).")
-    batches: int = Field(64, ge=1, description="Calibration batches after which the PCA ends, settled or not.")
+    batches: int = Field(32, ge=1, description="Calibration batches after which the PCA ends, settled or not.")
 
     def most(self, layer: nn.Module) -> int:
         """The highest rank that `layer` may get."""
