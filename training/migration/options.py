@@ -13,7 +13,7 @@ class SynthesisOptions(Section):
     """How inputs are written."""
 
     items: int = Field(6, ge=1, description="How many inputs a list asks for beside the seeds.")
-    rows: int = Field(16, ge=1, description="Lists written at a time.")
+    rows: int = Field(64, ge=1, description="Most lists written at a time; fewer where less is lacking.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
     most_tries: int = Field(20, ge=1, description="Written inputs for each that is wanted, after which to give up.")

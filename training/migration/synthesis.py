@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from training.migration.screening import Screen
 
 Margins = Callable[[Sequence[str]], Sequence[float]]
 
+SURPLUS = 1.5  # times the inputs that are lacking are asked for, since some are dropped
 SPARE = 1.5  # room for an item that is longer than the seeds
 
 
@@ -128,7 +130,8 @@ def synthesise(
             on_progress(kept, wanted)
         if sum(made.written for made in rounds) >= options.most_tries * wanted or _hopeless(rounds):
             raise _too_few(Pool((), tuple(rounds)), kept, wanted)
-        made = _round(model, tokenizer, name, seeds, len(rounds), options, seed, screen, margins)
+        rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
+        made = _round(model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins)
         rounds.append(made)
         if kept_in is not None:
             _store(kept_in, origin, rounds)
@@ -143,6 +146,7 @@ def _round(
     name: str,
     seeds: Sequence[str],
     number: int,
+    rows: int,
     options: SynthesisOptions,
     seed: int,
     screen: Screen,
@@ -162,7 +166,7 @@ def _round(
     for continuation in sampled(
         model,
         prompt,
-        options.rows,
+        rows,
         max_new_tokens=room,
         ends=_ends(model, tokenizer),
         temperature=options.temperature,

@@ -57,10 +57,15 @@ def test_as_many_different_inputs_as_are_wanted(writer: list[str]) -> None:
     )
     assert len(set(pool.inputs)) == 40
     assert not set(pool.inputs) & set(SEEDS)
-    assert pool.written == 9 * len(pool.rounds)
-    assert pool.dropped["unfinished"] == 3 * len(pool.rounds)
+    assert pool.written == 3 * pool.dropped["unfinished"], "each list has three inputs and the beginning of a fourth"
+    assert pool.rounds[0].unfinished == OPTIONS.rows
     assert pool.acceptance == 1.0
     assert told[0] == (0, 40) and told[-1] == (40, 40) and told == sorted(told)
+
+
+def test_no_more_lists_are_written_than_are_lacking(writer: list[str]) -> None:
+    assert run(1, rows=50).rounds[0].unfinished == 1
+    assert run(40, rows=50).rounds[0].unfinished == 1.5 * 40 / OPTIONS.items
 
 
 def test_every_round_shows_the_seeds_in_another_order(writer: list[str]) -> None:
