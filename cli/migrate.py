@@ -99,7 +99,7 @@ def _tell(migration: "Migration") -> None:
         f"regrafted from [bold]{migration.source}[/] in {migration.seconds:.0f} s"
     )
     dropped = ", ".join(f"{count} {reason}" for reason, count in migration.dropped.items() if count)
-    kept = "no discriminator" if migration.acceptance is None else f"{migration.acceptance:.0%} looked real"
+    kept = "not filtered" if migration.acceptance is None else f"{migration.acceptance:.0%} looked real"
     facts(
         (
             ("synthetic inputs", f"{migration.inputs} of {migration.written} written; {kept}"),

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +102,8 @@ def migrate_fleet(
     workdir = fleet_directory(plan.source, plan.target)
     with exclusive(workdir):
         Board.begin(plan.source, plan.target, [item.address for item in plan.to_do])
-        move = _here if (cluster := ray_runner()) is None else spread.with_options(task_runner=cluster)
-        problems = move(plan, options, suites, evaluate, promote_to)
+        run = _here if (cluster := ray_runner()) is None else spread.with_options(task_runner=cluster)
+        problems = run(plan, options, suites, evaluate, promote_to)
         if not problems:
             shutil.rmtree(workdir / "pools", ignore_errors=True)
         adapters = outcome(plan, promote_to, problems)
@@ -122,11 +122,8 @@ def _here(
 ) -> dict[str, str]:
     """Migrate what is to be done, in order, in this process."""
     stage = Stage(f"migrate {plan.source} to {plan.target}")
-    problems: dict[str, str] = {}
     with shared_bases():
-        for done, item in enumerate(plan.to_do):
-            stage(done, len(plan.to_do), item.address)
-            problems |= move([item], plan.source, plan.target, options, suites, evaluate, promote_to)
+        problems = move(plan.to_do, plan.source, plan.target, options, suites, evaluate, promote_to, stage)
     stage(len(plan.to_do), len(plan.to_do))
     return problems
 
@@ -172,6 +169,7 @@ def move(
     suites: tuple[Suite, ...],
     evaluate: bool,
     promote_to: str | None,
+    tell: Callable[[int, int, str], None] = lambda done, total, address: None,
 ) -> dict[str, str]:
     """Migrate adapters one after the other; returns what went wrong, by address.
 
@@ -180,7 +178,8 @@ def move(
     registry, board = AdapterRegistry(), Board(source, target)
     problems: dict[str, str] = {}
     moved = {edge.parent for edge in registry.edges_onto(target, MIGRATED)}
-    for item in items:
+    for done, item in enumerate(items):
+        tell(done, len(items), item.address)
         if item.address in moved:
             continue
         board.moving(item.address)

@@ -19,6 +19,7 @@ from training.data.example import Example
 from training.data.sampling import sample
 from training.data.sources import load_held_out
 from training.evaluation.suite import Suite
+from training.migration.discriminator import Judged, better_than_chance
 from training.migration.kit import Kit
 from training.migration.options import MigrationOptions
 from training.options import TrainingOptions
@@ -66,8 +67,9 @@ class Plan:
 
     @property
     def filters(self) -> bool:
-        """Whether a discriminator sorts the inputs."""
-        return self.options.filtered and self.discriminator is not None
+        """Whether a discriminator sorts the inputs; one that tells nothing apart would only waste half of them."""
+        judged = self.kit.discriminator if self.kit else None
+        return self.options.filtered and judged is not None and _useful(judged)
 
     @property
     def discriminator(self) -> float | None:
@@ -151,6 +153,10 @@ def plan_migration(
         promote_to=promote_to,
         held_at=generation_of(joined, promote_to),
     )
+
+
+def _useful(judged: Judged) -> bool:
+    return better_than_chance(judged.balanced_accuracy, judged.samples)
 
 
 def generation_of(adapter: str, alias: str | None) -> int | None:

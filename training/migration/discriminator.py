@@ -22,6 +22,7 @@ from training.data.batching import Padding
 from training.data.encoding import Encoded
 from training.data.prompting import PromptFormat
 from training.evaluation.likelihood import log_likelihoods
+from training.evaluation.statistics import wilson_interval
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext
 from training.migration.options import DiscriminatorOptions
@@ -49,6 +50,11 @@ class Judged:
     written_kept: float
     samples: int
     temperature: float = 1.0
+
+
+def better_than_chance(balanced_accuracy: float, samples: int) -> bool:
+    """Whether the 95 % interval of a balanced accuracy, on `samples` held-out inputs of each kind, is above a half."""
+    return wilson_interval(round(2 * samples * balanced_accuracy), 2 * samples)[0] > 0.5
 
 
 @dataclass(frozen=True)

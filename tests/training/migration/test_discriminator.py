@@ -13,6 +13,7 @@ from training.migration.discriminator import (
     Discriminator,
     Judged,
     Question,
+    better_than_chance,
     judged,
     train_discriminator,
 )
@@ -100,6 +101,13 @@ def test_balanced_accuracy_counts_each_kind_by_itself() -> None:
     stub = Stub(tiny_llama(), tiny_tokenizer(), "x")
     found = judged(stub, ["r", "r", "r", "w"], ["w", "r", "w", "w", "w", "w", "w", "w"])
     assert found == Judged((0.75 + 7 / 8) / 2, 0.75, 1 / 8, 4, found.temperature)
+
+
+def test_a_discriminator_has_to_be_clearly_better_than_chance() -> None:
+    assert better_than_chance(0.7, 30)
+    assert not better_than_chance(0.6, 30)
+    assert better_than_chance(0.6, 150)
+    assert not better_than_chance(0.5, 10_000) and not better_than_chance(1.0, 1)
 
 
 def test_too_few_inputs_are_refused(tmp_path: Path) -> None:
