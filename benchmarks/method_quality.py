@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -37,7 +38,7 @@ from torch import Tensor
 from benchmarks.memory import peak_memory
 from benchmarks.results_file import RESULTS, Row, write
 from benchmarks.table import insert
-from benchmarks.tiny_bases import pretrain
+from benchmarks.tiny_bases import llama, pretrain
 from infra.errors import RegraftError
 from infra.settings import get_settings
 from training.base_models import LoadedBase, load_base
@@ -168,8 +169,6 @@ def pretrained(directory: Path) -> Path:
     made = directory / "tiny"
     if (made / "model.safetensors").is_file():
         return made
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     print("pretraining the tiny model", flush=True)
     texts = {}
     for name in TASKS:
@@ -180,20 +179,7 @@ def pretrained(directory: Path) -> Path:
         texts[name] = [PROMPTED.format(item.prompt, answer) for item, answer in zip(items, answers, strict=True)]
     pretrain(
         made,
-        lambda vocabulary: LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=64,
-                intermediate_size=192,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                tie_word_embeddings=True,
-                pad_token_id=0,
-                bos_token_id=None,
-                eos_token_id=1,
-            )
-        ),
+        partial(llama, layers=4, intermediate=192),
         [text for name in TASKS for text in texts[name]],
         vocabulary=1024,
         steps=PRETRAINING_STEPS,

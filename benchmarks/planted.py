@@ -9,12 +9,13 @@ that what they write has to be filtered.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from benchmarks.tiny_bases import pretrain
+from benchmarks.tiny_bases import llama, pretrain
 from training.data.example import Example
 from training.migration.listing import listing
 
@@ -78,7 +79,10 @@ PLANTED = (
 def make_pair(directory: Path) -> tuple[str, str]:
     """References of the two base models, made on first use: a Llama and a Gemma."""
     made = directory / "llama", directory / "gemma"
-    for folder, build, size, seed in ((made[0], _llama, 300, 0), (made[1], _gemma, 420, 1)):
+    for folder, build, size, seed in (
+        (made[0], partial(llama, layers=3, intermediate=160), 300, 0),
+        (made[1], _gemma, 420, 1),
+    ):
         if not (folder / "model.safetensors").is_file():
             texts = list(_documents(random.Random(seed)))
             pretrain(folder, build, texts, vocabulary=size, steps=STEPS, batch=16, longest=1024, seed=seed)
@@ -90,22 +94,6 @@ def english(number: int, seed: int) -> list[str]:
     from training.tasks.catalog import get_task
 
     return [example.prompt for example in get_task("object_counting").generate("train", number, seed)]
-
-
-def _llama(vocabulary: int) -> Any:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
 
 
 def _gemma(vocabulary: int) -> Any:

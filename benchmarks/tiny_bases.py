@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.data.batching import Padding
 from training.data.encoding import encode
@@ -27,6 +27,23 @@ def byte_pairs(texts: Sequence[str], size: int) -> Any:
     )
     trained.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", eos_token="<end>")
+
+
+def llama(vocabulary: int, *, layers: int, intermediate: int) -> LlamaForCausalLM:
+    """A Llama of width 64, for a tokenizer of `byte_pairs`."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
 
 
 def pretrain(

@@ -122,8 +122,7 @@ def _here(
 ) -> dict[str, str]:
     """Migrate what is to be done, in order, in this process."""
     stage = Stage(f"migrate {plan.source} to {plan.target}")
-    with shared_bases():
-        problems = move(plan.to_do, plan.source, plan.target, options, suites, evaluate, promote_to, stage)
+    problems = move(plan.to_do, plan.source, plan.target, options, suites, evaluate, promote_to, stage)
     stage(len(plan.to_do), len(plan.to_do))
     return problems
 
@@ -169,7 +168,7 @@ def move(
     suites: tuple[Suite, ...],
     evaluate: bool,
     promote_to: str | None,
-    tell: Callable[[int, int, str], None] = lambda done, total, address: None,
+    tell: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, str]:
     """Migrate adapters one after the other; returns what went wrong, by address.
 
@@ -178,47 +177,37 @@ def move(
     registry, board = AdapterRegistry(), Board(source, target)
     problems: dict[str, str] = {}
     moved = {edge.parent for edge in registry.edges_onto(target, MIGRATED)}
-    for done, item in enumerate(items):
-        tell(done, len(items), item.address)
-        if item.address in moved:
-            continue
-        board.moving(item.address)
-        try:
-            with listening(board.hear):
-                migration = migrate_adapter(
-                    item.address,
-                    target,
-                    options.on(registry.get(item.address).recipe),
-                    suites=suites,
-                    evaluate=evaluate,
-                    promote_to=promote_to if promote_to in item.aliases else None,
-                    pool=fleet_directory(source, target) / "pools" / f"{_pool(item, options)}.jsonl",
-                )
-        except Interrupted:
-            board.done(item.address, WAITING, "stopped")
-            raise
-        except Exception as error:  # whatever it is, the others shall not wait for it
-            problems[item.address] = str(error) if isinstance(error, RegraftError) else repr(error)
-            logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
-            board.done(item.address, "failed", problems[item.address])
-        else:
-            board.done(item.address, "moved", migration.address)
+    with shared_bases():
+        for done, item in enumerate(items):
+            if tell:
+                tell(done, len(items), item.address)
+            if item.address in moved:
+                continue
+            board.moving(item.address)
+            try:
+                with listening(board.hear):
+                    migration = migrate_adapter(
+                        item.address,
+                        target,
+                        options.on(registry.get(item.address).recipe),
+                        suites=suites,
+                        evaluate=evaluate,
+                        promote_to=promote_to if promote_to in item.aliases else None,
+                        pool=fleet_directory(source, target) / "pools" / f"{_pool(item, options)}.jsonl",
+                    )
+            except Interrupted:
+                board.done(item.address, WAITING, "stopped")
+                raise
+            except Exception as error:  # whatever it is, the others shall not wait for it
+                problems[item.address] = str(error) if isinstance(error, RegraftError) else repr(error)
+                logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
+                board.done(item.address, "failed", problems[item.address])
+            else:
+                board.done(item.address, "moved", migration.address)
     return problems
 
 
-@task(name="migrate adapters of one kit", cache_policy=NO_CACHE)
-def move_group(
-    items: list[FleetItem],
-    source: str,
-    target: str,
-    options: FleetOptions,
-    suites: tuple[Suite, ...],
-    evaluate: bool,
-    promote_to: str | None,
-) -> dict[str, str]:
-    """See `move`; on a worker."""
-    with shared_bases():
-        return move(items, source, target, options, suites, evaluate, promote_to)
+move_group = task(name="migrate adapters of one kit", cache_policy=NO_CACHE)(move)
 
 
 def outcome(plan: FleetPlan, promote_to: str | None, problems: Mapping[str, str]) -> list[Moved]:

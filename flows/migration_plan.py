@@ -19,9 +19,10 @@ from training.data.example import Example
 from training.data.sampling import sample
 from training.data.sources import load_held_out
 from training.evaluation.suite import Suite
-from training.migration.discriminator import Judged, better_than_chance
+from training.migration.discriminator import better_than_chance
 from training.migration.kit import Kit
 from training.migration.options import MigrationOptions
+from training.objectives.distillation import require_distillable
 from training.options import TrainingOptions
 from training.recipe import Recipe
 
@@ -69,7 +70,11 @@ class Plan:
     def filters(self) -> bool:
         """Whether a discriminator sorts the inputs; one that tells nothing apart would only waste half of them."""
         judged = self.kit.discriminator if self.kit else None
-        return self.options.filtered and judged is not None and _useful(judged)
+        return (
+            self.options.filtered
+            and judged is not None
+            and better_than_chance(judged.balanced_accuracy, judged.samples)
+        )
 
     @property
     def discriminator(self) -> float | None:
@@ -128,11 +133,8 @@ def plan_migration(
         }
     )
     student.method_config("method")
-    if options.distillation.of == "logits" and (student.training.packing or student.training.processes > 1):
-        raise InvalidInput(
-            "The old adapter's logits are learnt on one process, and not packed.",
-            "Set training.processes=1 and training.packing=false, or distillation.of=text.",
-        )
+    if options.distillation.of == "logits":
+        require_distillable(student.training)
     chosen = (suites or default_suites(recipe)) if evaluate else ()
     return Plan(
         source=source,
@@ -153,10 +155,6 @@ def plan_migration(
         promote_to=promote_to,
         held_at=generation_of(joined, promote_to),
     )
-
-
-def _useful(judged: Judged) -> bool:
-    return better_than_chance(judged.balanced_accuracy, judged.samples)
 
 
 def generation_of(adapter: str, alias: str | None) -> int | None:

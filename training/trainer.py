@@ -30,7 +30,7 @@ from training.interruption import awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext, Batch
 from training.methods.starts import StartCache
-from training.objectives.distillation import Distilled, SoftPadding, softened
+from training.objectives.distillation import Distilled, SoftPadding, require_distillable, softened
 from training.objectives.objective import Objective
 from training.objectives.of_model import is_masked_lm, objective_of
 from training.options import TrainingOptions
@@ -86,11 +86,8 @@ def train_recipe(
         _encoded(recipe, base, examples, seed)
         for seed, examples in enumerate((train_examples, validation_examples), start=recipe.seed)
     )
-    if distilled and (options.processes > 1 or options.packing):
-        raise InvalidInput(
-            "A teacher's logits are learnt on one process, and not packed.",
-            "Set training.processes: 1 and training.packing: false.",
-        )
+    if distilled:
+        require_distillable(options)
     if options.processes > 1 and not in_worker():
         from training.launch import launch
 

@@ -54,7 +54,7 @@ def as_long(lengths: Sequence[int], order: Sequence[int], bounds: Sequence[int],
         bounds: `deciles` of the real lengths.
         wanted: how many.
     """
-    quota = [wanted * (share + 1) // (len(bounds) + 1) - wanted * share // (len(bounds) + 1) for share in range(BINS)]
+    quota = [wanted * (share + 1) // BINS - wanted * share // BINS for share in range(BINS)]
     taken = []
     for place in order:
         share = bisect_left(bounds, lengths[place])

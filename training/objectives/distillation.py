@@ -14,6 +14,7 @@ from training.data.encoding import Encoded
 from training.objectives.causal_lm import CausalLM
 from training.objectives.labelled_positions import labelled_count, labelled_logits
 from training.objectives.objective import Loss
+from training.options import TrainingOptions
 
 SoftLabels = Sequence[tuple[Tensor, Tensor]]  # of each example, token ids [T, K] and their logits
 
@@ -75,6 +76,15 @@ class Distillation:
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """See `Objective`."""
         return labelled_count(batch["labels"], shift=1)
+
+
+def require_distillable(options: TrainingOptions) -> None:
+    """Raise `InvalidInput` where a teacher's logits cannot be learnt with such options."""
+    if options.processes > 1 or options.packing:
+        raise InvalidInput(
+            "A teacher's logits are learnt on one process, and not packed.",
+            "Set training.processes to 1 and training.packing to false, or learn its answers: distillation.of: text.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
