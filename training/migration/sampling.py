@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training.evaluation.prompt_cache import Ids, PromptCache, judging
 
 MOST_DRAWS = 16  # of a token that turns out to lie outside the nucleus, before all are sorted
+BLOCK = 512  # tokens whose probabilities are summed up before anything is looked for among them
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,17 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     one that does not is drawn again. So nothing is sorted, which for 262,144 tokens takes longer than the model does.
     Random numbers come from the CPU, so that a seed means the same tokens on every device, up to rounding.
     """
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    probabilities, short = scaled.softmax(dim=-1), -logits.shape[-1] % BLOCK
+    blocks = (nn.functional.pad(probabilities, (0, short)) if short else probabilities).unflatten(-1, (-1, BLOCK))
+    sums, peaks = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64), blocks.amax(dim=-1)
     tokens = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)
     for _ in range(MOST_DRAWS):
         uniform = torch.rand(len(left), 1, dtype=torch.float64, generator=generator).to(sums.device)
-        rows = probabilities[left]
-        drawn = torch.searchsorted(sums[left], uniform * sums[left, -1:], right=True).clamp_max(logits.shape[-1] - 1)
-        above = rows.where(rows > rows.gather(-1, drawn), 0.0).sum(dim=-1)
-        tokens[left] = drawn[:, 0]
-        left = left[above >= top_p]
+        drawn = _place(blocks, sums, left, uniform).clamp_max(logits.shape[-1] - 1)
+        tokens[left] = drawn
+        left = left[_above(blocks, peaks, left, probabilities[left, drawn]) >= top_p]
         if not len(left):
             return tokens
     ordered, places = probabilities[left].sort(dim=-1, descending=True)  # a small nucleus of a flat distribution
@@ -100,6 +101,33 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     drawn = torch.multinomial(kept.cpu(), 1, generator=generator).to(places.device)
     tokens[left] = places.gather(-1, drawn)[:, 0]
     return tokens
+
+
+def _place(blocks: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
+    """Where the cumulative probability of each of `rows` passes its share `uniform` [R, 1] of the whole: [R].
+
+    Args:
+        blocks: [B, N, BLOCK] probabilities.
+        sums: [B, N], cumulative ones up to each block's end.
+    """
+    ends = sums[rows]
+    wanted = uniform * ends[:, -1:]
+    block = torch.searchsorted(ends, wanted, right=True).clamp_max(ends.shape[-1] - 1)
+    before = nn.functional.pad(ends, (1, 0)).gather(-1, block)
+    within = blocks[rows, block[:, 0]].cumsum(dim=-1, dtype=torch.float64)
+    place = torch.searchsorted(within, wanted - before, right=True).clamp_max(BLOCK - 1)
+    return (block * BLOCK + place)[:, 0]
+
+
+def _above(blocks: Tensor, peaks: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
+    """The probability of all that is more probable than its bound [R], in each of `rows`: [R].
+
+    Only blocks whose peak [B, N] is above it are looked into, which in a language model's distribution are few.
+    """
+    place, block = (peaks[rows] > bounds[:, None]).nonzero(as_tuple=True)
+    within = blocks[rows[place], block]
+    found = within.where(within > bounds[place, None], 0.0).sum(dim=-1)
+    return torch.zeros_like(bounds).index_add(0, place, found)
 
 
 class _Rereading:
