@@ -5,16 +5,21 @@ the first base, a kit is built, and the target writes inputs; then each variant 
 
     python -m benchmarks.migration_ablation [--seeds 3] [--workers 2] [--directory DIR]
 
-What was measured is kept in --directory; a benchmark that was stopped goes on where it was.
+Every variant's student has as many steps, and is trained twice, with seeds of its own. The bare target is the better of
+none and three solved examples. Right labels: the share of a variant's inputs that the teacher answered rightly.
+
+What was measured is kept in --directory; a benchmark that was stopped goes on where it was. The results go to
+benchmarks/results and, as a table, to docs/migration.md.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory, gettempdir
@@ -24,24 +29,29 @@ import torch
 from torch import nn
 
 from benchmarks.planted import PLANTED, Planted, english, make_pair
+from benchmarks.results_file import Row, write
+from benchmarks.table import insert
 from training.base_models import LoadedBase, load_base
 from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.generation import greedy_answers
 from training.methods.borrowing import borrowed
-from training.migration.choosing import as_long, by_likeness
+from training.migration.choosing import choose
 from training.migration.kit import Kit, build_kit, load_discriminator
 from training.migration.labelling import label
-from training.migration.options import DiscriminatorOptions, KitOptions, SynthesisOptions
+from training.migration.options import DiscriminatorOptions, KitOptions, MigrationOptions, SynthesisOptions
 from training.migration.synthesis import synthesise
 from training.options import TrainingOptions
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
 
-ROWS, TEST, INPUTS, CANDIDATES = 120, 300, 120, 360
-TEACHER_STEPS, STUDENT_STEPS = 120, 300
-SYNTHESIS = SynthesisOptions(items=6, rows=16)
+ROWS, TEST, INPUTS = 120, 500, 120
+SURPLUS = MigrationOptions().surplus
+TEACHER_STEPS, STUDENT_STEPS, STUDENTS = 120, 300, 2
+SYNTHESIS = SynthesisOptions()
+PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
+BEGIN = "<!-- results: python -m benchmarks.migration_ablation -->"
 DISCRIMINATOR = DiscriminatorOptions(training=TrainingOptions(epochs=6, batch_size=16, learning_rate=1e-2))
 
 
@@ -84,30 +94,25 @@ def accuracy(model: nn.Module, tokenizer: Any, items: Sequence[Example], shots: 
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An input that the target wrote.
+class Scene:
+    """A kit, what the target wrote on its seeds, and who answers: what variants share.
 
     Args:
-        example: with the teacher's greedy answer.
-        margin: of the discriminator.
+        task: whose inputs they are.
+        seed: of everything drawn.
+        kit: with its discriminator's temperature.
+        inputs: that the target wrote.
+        margins: of the discriminator.
+        real: the rows that the teacher was trained on.
+        answer: the teacher's greedy answers.
     """
 
-    example: Example
-    margin: float
-
-    @property
-    def length(self) -> int:
-        """Characters of the input."""
-        return len(self.example.prompt)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A kit and what the target wrote on its seeds: what variants share."""
-
+    task: Planted
     seed: int
     kit: Kit
-    candidates: tuple[Candidate, ...]
+    inputs: Sequence[str]
+    margins: Sequence[float]
+    real: Sequence[Example]
     answer: Callable[[Sequence[str]], Sequence[Example]]
 
     @property
@@ -116,29 +121,34 @@ class Scene:
         return [Example(each.prompt, each.completion) for each in self.kit.seeds]
 
     @property
-    def real_looking(self) -> list[Candidate]:
+    def real_looking(self) -> list[str]:
         """Those that the discriminator keeps."""
-        return [candidate for candidate in self.candidates if candidate.margin > 0]
+        return [text for text, margin in zip(self.inputs, self.margins, strict=True) if margin > 0]
 
-    @property
-    def temperature(self) -> float:
-        """Of the discriminator."""
-        assert self.kit.discriminator is not None
-        return self.kit.discriminator.temperature
+    def chosen(self, *, odds: bool, lengths: bool, inputs: int = INPUTS) -> Sequence[Example]:
+        """As a migration chooses, or by one of its two means."""
+        judged = self.kit.discriminator
+        assert judged is not None
+        return self.answer(
+            choose(
+                self.inputs,
+                self.margins if odds else (),
+                inputs,
+                temperature=judged.temperature,
+                bounds=self.kit.lengths if lengths else (),
+                seed=self.seed,
+            )
+        )
 
 
-def examples(candidates: Sequence[Candidate]) -> list[Example]:
-    return [candidate.example for candidate in candidates]
-
-
-def paper(scene: Scene) -> Sequence[Example]:
-    """Filtered inputs with the teacher's answers."""
-    return examples(scene.real_looking[:INPUTS])
+def filtered(scene: Scene) -> Sequence[Example]:
+    """The first that the discriminator takes for real, with the teacher's answers."""
+    return scene.answer(scene.real_looking[:INPUTS])
 
 
 def unfiltered(scene: Scene) -> Sequence[Example]:
-    """The same without the discriminator."""
-    return examples(scene.candidates[:INPUTS])
+    """The first, without the discriminator."""
+    return scene.answer(scene.inputs[:INPUTS])
 
 
 def random_text(scene: Scene) -> Sequence[Example]:
@@ -151,57 +161,62 @@ def seeds_only(scene: Scene) -> Sequence[Example]:
     return scene.seeds
 
 
-def likely(scene: Scene) -> list[Candidate]:
-    """All candidates, drawn by the discriminator's odds."""
-    order = by_likeness([candidate.margin for candidate in scene.candidates], scene.temperature, scene.seed)
-    return [scene.candidates[place] for place in order]
-
-
-def fitted(scene: Scene, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of candidates, first ones first, as many as are wanted, with the real inputs' lengths."""
-    lengths = [candidate.length for candidate in candidates]
-    return [candidates[place] for place in as_long(lengths, range(len(lengths)), scene.kit.lengths, INPUTS)]
-
-
-def density(scene: Scene) -> Sequence[Example]:
-    """Drawn from all by the discriminator's odds, instead of all that it takes for real."""
-    return examples(likely(scene)[:INPUTS])
+def odds(scene: Scene) -> Sequence[Example]:
+    """Drawn by the discriminator's calibrated odds."""
+    return scene.chosen(odds=True, lengths=False)
 
 
 def lengths(scene: Scene) -> Sequence[Example]:
-    """Filtered inputs with the lengths of the real ones."""
-    return examples(fitted(scene, scene.real_looking))
+    """With the lengths of the real inputs."""
+    return scene.chosen(odds=False, lengths=True)
+
+
+def odds_and_lengths(scene: Scene) -> Sequence[Example]:
+    """Both."""
+    return scene.chosen(odds=True, lengths=True)
 
 
 def with_seeds(scene: Scene) -> Sequence[Example]:
-    """The paper's, and the seeds with their real answers."""
-    return [*paper(scene), *scene.seeds]
+    """Both, and the seeds with their real answers."""
+    return [*odds_and_lengths(scene), *scene.seeds]
 
 
-def density_and_lengths(scene: Scene) -> Sequence[Example]:
-    """Drawn by odds, with the lengths of the real ones."""
-    return examples(fitted(scene, likely(scene)))
+def right_answers(scene: Scene) -> Sequence[Example]:
+    """The same inputs with their right answers: what the teacher's mistakes cost."""
+    return [Example(each.prompt, scene.task.answer(each.prompt)) for each in odds_and_lengths(scene)]
+
+
+def real_rows(scene: Scene) -> Sequence[Example]:
+    """The data themselves, which a migration does not have."""
+    return scene.real
 
 
 Variant = Callable[[Scene], Sequence[Example]]
+PAPER, OURS, RANDOM_TEXT, SEEDS_ONLY = "the paper's recipe", "regraft", "random text", "seeds only"
 BY_CHANCE: dict[str, Variant] = {
-    "paper": paper,
+    PAPER: filtered,
     "unfiltered": unfiltered,
-    "random text": random_text,
-    "seeds only": seeds_only,
-    "density": density,
-    "lengths": lengths,
-    "with seeds": with_seeds,
+    RANDOM_TEXT: random_text,
+    SEEDS_ONLY: seeds_only,
 }
 SPREAD: dict[str, Variant] = {
-    "spread seeds": paper,
-    "spread seeds, lengths": lengths,
-    "spread seeds, density and lengths": density_and_lengths,
+    "spread seeds": filtered,
+    "spread seeds, by odds": odds,
+    "spread seeds, real lengths": lengths,
+    OURS: odds_and_lengths,
+    f"{OURS}, and the seeds": with_seeds,
+    f"{OURS}, right answers": right_answers,
+    "the real rows": real_rows,
 }
 
 
-def measure(place: int, seed: int, directory: Path) -> dict[str, Any]:
-    """Accuracies of teacher, bare target and every variant's student, and how the inputs came about."""
+VARIANTS = BY_CHANCE.keys() | SPREAD.keys()
+
+
+def measure(
+    place: int, seed: int, directory: Path, names: Set[str] = VARIANTS, students: int = STUDENTS
+) -> dict[str, Any]:
+    """Accuracies of teacher, bare target and every variant's students, and how the inputs came about."""
     torch.set_num_threads(1)
     task = PLANTED[place]
     references = make_pair(directory)
@@ -211,21 +226,27 @@ def measure(place: int, seed: int, directory: Path) -> dict[str, Any]:
     with borrowed(source.model):
         teacher = trained(source, real, seed, TEACHER_STEPS)
         found["teacher"] = accuracy(teacher, source.tokenizer, test)
-        for choice, variants in (("random", BY_CHANCE), ("spread", SPREAD)):
+        choices: tuple[tuple[Literal["random", "spread"], dict[str, Variant]], ...]
+        choices = (("random", BY_CHANCE), ("spread", SPREAD))
+        for choice, variants in choices:
+            if not names & variants.keys():
+                continue
             scene = prepared(task, seed, choice, source, references[0], target, teacher, real, directory, found)
             for name, variant in variants.items():
+                if name not in names:
+                    continue
                 learnt = variant(scene)
-                if name != "random text":
-                    right = mean(task.answer(each.prompt) == each.completion for each in learnt)
-                    found[f"{name}, right labels"] = right
-                with borrowed(target.model):
-                    found[name] = accuracy(trained(target, learnt, seed), target.tokenizer, test)
-            if choice == "random":
-                found["bare"] = max(
-                    accuracy(target.model, target.tokenizer, test, shots) for shots in ((), scene.seeds[:3])
-                )
-    with borrowed(target.model):
-        found["real rows"] = accuracy(trained(target, real, seed), target.tokenizer, test)
+                if name != RANDOM_TEXT:
+                    found[f"{name}: right labels"] = mean(
+                        task.answer(each.prompt) == each.completion for each in learnt
+                    )
+                accuracies = []
+                for student in range(students):
+                    with borrowed(target.model):
+                        model = trained(target, learnt, 1000 * student + seed)
+                        accuracies.append(accuracy(model, target.tokenizer, test))
+                found[name] = mean(accuracies)
+        found["bare"] = max(accuracy(target.model, target.tokenizer, test, shots) for shots in ((), scene.seeds[:3]))
     return found
 
 
@@ -267,18 +288,68 @@ def prepared(
         target.tokenizer,
         kit.task,
         [each.prompt for each in kit.seeds],
-        CANDIDATES,
+        ceil(SURPLUS * INPUTS),
         SYNTHESIS,
         seed=seed,
         longest=kit.longest,
+        margins=discriminator.margins,
+        refusing=False,
     )
-    labelled = answer(pool.inputs)
-    margins = discriminator.margins([each.prompt for each in labelled])
-    candidates = tuple(Candidate(*each) for each in zip(labelled, margins, strict=True))
-    found[f"discriminator, {choice}"] = kit.discriminator.balanced_accuracy
-    found[f"temperature, {choice}"] = kit.discriminator.temperature
-    found[f"acceptance, {choice}"] = mean(margin > 0 for margin in margins)
-    return Scene(seed, kit, candidates, answer)
+    found[f"{choice} seeds: balanced accuracy of the discriminator"] = kit.discriminator.balanced_accuracy
+    found[f"{choice} seeds: acceptance"] = pool.acceptance
+    return Scene(task, seed, kit, pool.inputs, pool.margins, real, answer)
+
+
+def report(found: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Write the results and the table of docs/migration.md."""
+    tasks, names = [task.name for task in PLANTED], ("teacher", "bare", *BY_CHANCE, *SPREAD)
+    cells = {task: [values for (name, _), values in found.items() if name == task] for task in tasks}
+    average = {name: {task: 100 * mean(each[name] for each in cells[task]) for task in tasks} for name in names}
+    overall = {name: mean(values.values()) for name, values in average.items()}
+    to_beat = 100 * mean(max(each["teacher"], each["bare"]) for task in tasks for each in cells[task])
+    seeds = len(cells[tasks[0]])
+    lines = [
+        f"| % of {TEST} items, {seeds} seeds × {STUDENTS} students | {' | '.join(tasks)} | mean | right labels |",
+        "|---|" + "---:|" * (len(tasks) + 2),
+    ]
+    for name in names:
+        labels = [each.get(f"{name}: right labels") for task in tasks for each in cells[task]]
+        right = "–" if None in labels else f"{100 * mean(labels):.1f}"
+        values = " | ".join(f"{average[name][task]:.1f}" for task in tasks)
+        lines.append(f"| {name} | {values} | {overall[name]:.1f} | {right} |")
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), "\n".join(lines), BEGIN), encoding="utf-8")
+    ours = overall[OURS]
+    write(
+        "migration_ablation",
+        [
+            Row(
+                "a migrated adapter is as good as the old one",
+                ours,
+                to_beat - 2,
+                "teacher or bare, less 2 points",
+                "%",
+                1,
+            ),
+            Row(
+                "inputs like the real ones teach more than others",
+                ours,
+                overall[RANDOM_TEXT] + 5,
+                "random text, and 5 points",
+                "%",
+                1,
+            ),
+            Row(
+                "they teach more than the seeds alone",
+                ours,
+                overall[SEEDS_ONLY] + 5,
+                "seeds only, and 5 points",
+                "%",
+                1,
+            ),
+            Row("chosen inputs teach more than filtered ones", ours, overall[PAPER], "the paper's recipe", "%", 1),
+        ],
+        details={f"{task}, seed {seed}": values for (task, seed), values in sorted(found.items())},
+    )
 
 
 def main() -> None:
@@ -304,6 +375,7 @@ def main() -> None:
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "found": found[key]}) + "\n")
             print(*key, found[key], flush=True)
+    report(found)
 
 
 if __name__ == "__main__":

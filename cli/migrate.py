@@ -44,8 +44,8 @@ def migrate(
 ) -> None:
     """Move a version to another base model without the data it was trained on; or, with --all, a whole base's adapters.
 
-    The new base writes inputs like the kit's seeds, the kit's discriminator keeps those that look real, the old adapter
-    answers them, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same command
+    The new base writes inputs like the kit's seeds, the kit's discriminator says which look real, the old adapter
+    answers those, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same command
     goes on from there. Exit code 7: the new version is worse than the old one or the bare base; nothing is promoted.
 
     With --all, each adapter's aliases, or else its newest version, move one after the other; what fails does not stop

@@ -1,7 +1,7 @@
 """Regraft: move a version to another base model without the data it was trained on (Trans-LoRA, arXiv 2405.17258).
 
-The target base writes inputs like the kit's seeds; the kit's discriminator, on the source base, keeps those that look
-real; the source base with the old adapter answers them; a fresh adapter on the target learns the answers. Old adapter,
+The target base writes inputs like the kit's seeds; the kit's discriminator, on the source base, says which look real;
+the source base with the old adapter answers them; a fresh adapter on the target learns the answers. Old adapter,
 bare target and new adapter are then measured on real held-out items.
 
 Nothing is read of the training data but the seeds that the kit kept.
@@ -148,7 +148,7 @@ def migrate_adapter(
         if plan.options.distillation.of == "logits":
             _require_shared_vocabulary(plan)
         written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
-        labelled, distilled = _label(plan, written)
+        labelled, distilled = _label(plan, plan.chosen(written))
         version, compared = _train_and_judge(plan, written, labelled, distilled, began)
         shutil.rmtree(plan.workdir / "work", ignore_errors=True)
     passed = all(suite.passed for suite in compared) if compared else None
@@ -163,7 +163,7 @@ def migrate_adapter(
         inputs=len(labelled.examples),
         written=written.written,
         dropped={**written.dropped, "empty answer": labelled.empty, "run-on answer": labelled.run_on},
-        acceptance=written.acceptance if plan.filters else None,
+        acceptance=written.acceptance,
         discriminator=plan.discriminator,
         compared=compared,
         chain=_chain(version.address, [suite.title for suite in plan.suites]),
@@ -228,25 +228,27 @@ def _synthesise(plan: Plan, kept_in: Path) -> Pool:
             target.tokenizer,
             plan.task,
             [seed.prompt for seed in plan.seeds],
-            plan.inputs,
+            plan.written,
             plan.options.synthesis,
             seed=plan.options.seed,
             longest=plan.longest,
             margins=margins,
+            refusing=plan.options.preset == "paper",
+            least=plan.inputs,
             kept_in=kept_in,
             on_progress=Stage(f"migrate {plan.source.address}: inputs that {plan.target.name} writes"),
         )
 
 
 @task(task_run_name="label inputs", cache_policy=NO_CACHE)
-def _label(plan: Plan, pool: Pool) -> tuple[Labelled, Distilled | None]:
+def _label(plan: Plan, inputs: Sequence[str]) -> tuple[Labelled, Distilled | None]:
     chosen, distilled = plan.options.distillation, None
     with _teacher(plan) as (model, tokenizer), gpu_slot(best_device()):
         form = PromptFormat(tokenizer, plan.recipe.data.instruction_text)
         labelled = label(
             model,
             form,
-            pool.inputs,
+            inputs,
             longest=plan.longest_answer,
             kept_in=plan.workdir / "work" / "answers.jsonl",
             on_progress=Stage(f"migrate {plan.source.address}: answers of the old adapter"),
@@ -263,7 +265,7 @@ def _label(plan: Plan, pool: Pool) -> tuple[Labelled, Distilled | None]:
             distilled = Distilled(Distillation(chosen.temperature, chosen.weight), labels)
     if not labelled.examples:
         raise InvalidInput(
-            f"{plan.source.address} answers none of {len(pool.inputs)} synthetic inputs with anything like an answer: "
+            f"{plan.source.address} answers none of {len(inputs)} synthetic inputs with anything like an answer: "
             f"{labelled.empty} with nothing, {labelled.run_on} with more than {plan.longest_answer} characters.",
             f"Look at it: regraft generate {plan.source.address} 'an input'",
         )
@@ -425,7 +427,7 @@ def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Comp
         "seeds": len(plan.seeds),
         "discriminator": plan.discriminator,
         "filtered": plan.filters,
-        "acceptance": pool.acceptance if plan.filters else None,
+        "acceptance": pool.acceptance,
         "written": pool.written,
         "inputs": len(labelled.examples),
         "synthetic_fingerprint": fingerprint(labelled.examples),

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from flows.base_models import find_base
@@ -19,9 +21,11 @@ from training.data.example import Example
 from training.data.sampling import sample
 from training.data.sources import load_held_out
 from training.evaluation.suite import Suite
+from training.migration.choosing import choose
 from training.migration.discriminator import better_than_chance
 from training.migration.kit import Kit
 from training.migration.options import MigrationOptions
+from training.migration.synthesis import Pool
 from training.objectives.distillation import require_distillable
 from training.options import TrainingOptions
 from training.recipe import Recipe
@@ -74,6 +78,26 @@ class Plan:
             self.options.filtered
             and judged is not None
             and better_than_chance(judged.balanced_accuracy, judged.samples)
+        )
+
+    @property
+    def written(self) -> int:
+        """How many inputs are written: more than are needed, where there is anything to choose by."""
+        told = self.kit is not None and (self.filters or self.kit.lengths)
+        return ceil(self.options.surplus * self.inputs) if told and self.options.preset == "regraft" else self.inputs
+
+    def chosen(self, pool: Pool) -> Sequence[str]:
+        """Those of the written inputs that are learnt from."""
+        judged = self.kit.discriminator if self.kit else None
+        if self.kit is None or self.options.preset == "paper":
+            return pool.inputs
+        return choose(
+            pool.inputs,
+            pool.margins,
+            self.inputs,
+            temperature=judged.temperature if judged else 1.0,
+            bounds=self.kit.lengths,
+            seed=self.options.seed,
         )
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows.migration_plan import Plan, plan_migration
 from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -17,6 +18,8 @@ from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
 from tests.tiny_models import save_tiny_gemma, save_tiny_llama, save_tiny_masked
 from training.migration.labelling import label
+from training.migration.options import MigrationOptions
+from training.migration.synthesis import Pool
 
 pytestmark = pytest.mark.services
 
@@ -96,11 +99,30 @@ def test_the_new_version_stands_on_the_new_base_and_says_where_it_came_from(
     assert version.recipe["migrated_from"] == source
     (suite,) = migrated["compared"]
     assert suite["samples"] == 20
+    assert migrated["written"] >= 3 * migrated["inputs"], "some to choose from"
     assert migrated["passed"] is suite["passed"]
     assert {e.suite for e in registry.evaluations(version.address)} == {suite["suite"]}
     assert {e.suite for e in registry.evaluations(source)} == {suite["suite"]}
     assert registry.fsck() == []
     assert not list(get_settings().runs.glob("migrate-evens-*/work"))
+
+
+def test_more_is_written_than_is_learnt_from_unless_the_papers_recipe_is_asked_for(source: str) -> None:
+    def planned(**options: Any) -> Plan:
+        return plan_migration(source, "migrate-new", MigrationOptions(inputs=10, **options), (), (), True, None, None)
+
+    plan = planned()
+    assert plan.written == 30
+    assert plan.kit is not None
+    shares = range(plan.kit.lengths[0], plan.kit.longest + 1)
+    written = tuple("x" * length + letter for length in shares for letter in "abcdef")
+    chosen = plan.chosen(Pool(written, (), ()))
+    assert len(set(chosen)) == 10 and set(chosen) < set(written)
+    assert tuple(chosen) != written[:10], "they have the real inputs' lengths"
+    assert planned(surplus=1).written == 10
+    paper = planned(preset="paper")
+    assert paper.written == 10
+    assert paper.chosen(Pool(written[:10], (), ())) == written[:10]
 
 
 def test_the_kit_travels_with_it_and_the_chain_goes_on(migrated: dict[str, Any], source: str) -> None:

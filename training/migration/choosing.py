@@ -28,6 +28,30 @@ def deciles(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(round(each) for each in torch.tensor(lengths, dtype=torch.float64).quantile(parts).tolist())
 
 
+def choose(
+    inputs: Sequence[str],
+    margins: Sequence[float],
+    wanted: int,
+    *,
+    temperature: float,
+    bounds: Sequence[int],
+    seed: int,
+) -> list[str]:
+    """`wanted` of the inputs, distributed as the real ones are, as far as can be told of those.
+
+    Args:
+        inputs: what was written.
+        margins: of the discriminator; none where there is none.
+        wanted: how many.
+        temperature: that calibrates the margins.
+        bounds: `deciles` of the real lengths; none where they are not known.
+        seed: of the draw.
+    """
+    order = by_likeness(margins, temperature, seed) if margins else range(len(inputs))
+    taken = as_long([len(text) for text in inputs], order, bounds, wanted) if bounds else order[:wanted]
+    return [inputs[place] for place in taken]
+
+
 def by_likeness(margins: Sequence[float], temperature: float, seed: int) -> list[int]:
     """All places, in the order in which drawing without replacement takes them: each as likely as p(real)/p(written).
 

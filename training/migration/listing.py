@@ -22,10 +22,12 @@ class Written:
     Attributes:
         items: those that it finished.
         unfinished: the last one, where it was cut off; nothing where it was not.
+        complete: whether the list had come to its end.
     """
 
     items: tuple[str, ...]
     unfinished: str = ""
+    complete: bool = False
 
 
 def listing(name: str, seeds: Sequence[str], wanted: int) -> str:
@@ -40,7 +42,7 @@ def listing(name: str, seeds: Sequence[str], wanted: int) -> str:
     return "\n".join([f"{len(seeds) + wanted} examples of {name}:", "", *numbered, f"{len(seeds) + 1}."])
 
 
-def parse(text: str, seeds: Sequence[str], ended: bool) -> Written:
+def parse(text: str, seeds: Sequence[str], *, ended: bool = False) -> Written:
     """The items in what a model wrote after a list.
 
     An item reaches to the next number of the list, at the beginning of a line, so that numbers within an item do no
@@ -65,4 +67,4 @@ def parse(text: str, seeds: Sequence[str], ended: bool) -> Written:
     if ended:
         items.append(last)
         last = ""
-    return Written(tuple(item.strip() for item in items if item.strip()), last)
+    return Written(tuple(item.strip() for item in items if item.strip()), last, ended)

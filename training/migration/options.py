@@ -16,7 +16,9 @@ class SynthesisOptions(Section):
     rows: int = Field(64, ge=1, description="Most lists written at a time; fewer where less is lacking.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
-    most_tries: int = Field(20, ge=1, description="Written inputs for each that is wanted, after which to give up.")
+    most_tries: int = Field(
+        20, ge=1, description="Written inputs for each that is learnt from, after which to give up."
+    )
 
 
 class DiscriminatorOptions(Section):
@@ -37,7 +39,7 @@ class KitOptions(Section):
     redact: str | None = Field(
         None, description="MODULE:FUNCTION from text to text, through which prompts and completions of seeds go."
     )
-    filtered: bool = Field(True, description="Train a discriminator, which a migration filters with.")
+    filtered: bool = Field(True, description="Train a discriminator, which a migration chooses by.")
     discriminator: DiscriminatorOptions = Field(DiscriminatorOptions(), description="How it is trained.")
     inputs: int = Field(250, ge=2, description="Most real and most written inputs that a discriminator is shown.")
     synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the source base writes inputs.")
@@ -60,9 +62,17 @@ class MigrationOptions(Section):
     inputs: int | None = Field(
         None, ge=1, description="Synthetic inputs. Default: as many as there were rows, at most 250 (the paper's N)."
     )
+    preset: Literal["regraft", "paper"] = Field(
+        "regraft",
+        description="How inputs are chosen. regraft: more are written than wanted, and drawn as the real ones are "
+        "distributed; paper: the first ones that the discriminator takes for real.",
+    )
+    surplus: float = Field(
+        3.0, ge=1, description="Inputs written for each that is chosen, where there is anything to choose by."
+    )
     method: MethodChoice | None = Field(None, description="Of the new adapter. Default: the old one's, as it was made.")
     training: TrainingOptions | None = Field(None, description="Of the new adapter. Default: as the old one's recipe.")
-    filtered: bool = Field(True, description="Keep only what the kit's discriminator takes for real, if it has one.")
+    filtered: bool = Field(True, description="Choose by the kit's discriminator, if it has one.")
     synthesis: SynthesisOptions = Field(SynthesisOptions(), description="How the target base writes inputs.")
     distillation: DistillationOptions = Field(DistillationOptions(), description="What is learnt of the old adapter.")
     allowed_loss: float = Field(

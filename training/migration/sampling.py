@@ -85,7 +85,8 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     probabilities, short = scaled.softmax(dim=-1), -logits.shape[-1] % BLOCK
-    blocks = (nn.functional.pad(probabilities, (0, short)) if short else probabilities).unflatten(-1, (-1, BLOCK))
+    padded = nn.functional.pad(probabilities, (0, short)) if short else probabilities
+    blocks = padded.view(len(logits), -1, BLOCK)
     sums, peaks = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64), blocks.amax(dim=-1)
     tokens = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)

@@ -9,8 +9,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from training.migration.screening import Screen
 Margins = Callable[[Sequence[str]], Sequence[float]]
 
 SURPLUS = 1.5  # times the inputs that are lacking are asked for, since some are dropped
+ASTRAY = 2  # times the longest real input, from which on nothing more is expected of a list
+PATIENCE = 2  # times the inputs that are wanted, after which as few as will do must do
 SPARE = 1.5  # room for an item that is longer than the seeds
 
 
@@ -38,8 +41,9 @@ class Round:
         written: finished inputs.
         unfinished: lists whose last input was cut off.
         dropped: of the finished ones, by the screen's reason.
-        refused: of those that passed the screen, what the discriminator did not take for real.
+        refused: of those that passed the screen, what did not look real enough to be kept.
         kept: the rest, in the order in which they were written.
+        margins: of these, how real each looks to the discriminator, where there is one.
     """
 
     number: int
@@ -48,6 +52,7 @@ class Round:
     dropped: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ class Pool:
     """The synthetic inputs, and how they came about.
 
     Attributes:
-        inputs: as many as were wanted.
+        inputs: as many as were wanted, or a few less.
+        margins: how real each of them looks; none where nothing judged them.
         rounds: what each round brought; the last one may have brought more than was wanted.
     """
 
     inputs: tuple[str, ...]
+    margins: tuple[float, ...]
     rounds: tuple[Round, ...]
 
     @property
@@ -77,10 +84,10 @@ class Pool:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of screened inputs that the discriminator took for real; None where there were none."""
-        kept = sum(len(made.kept) for made in self.rounds)
-        refused = sum(len(made.refused) for made in self.rounds)
-        return kept / (kept + refused) if kept + refused else None
+        """The share of screened inputs that the discriminator took for real; None where nothing judged any."""
+        judged = [margin > 0 for made in self.rounds for margin in made.margins]
+        judged += [False for made in self.rounds for _ in made.refused]
+        return mean(judged) if judged else None
 
 
 def synthesise(
@@ -94,6 +101,8 @@ def synthesise(
     seed: int,
     longest: int | None = None,
     margins: Margins | None = None,
+    refusing: bool = True,
+    least: int | None = None,
     kept_in: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Pool:
@@ -108,17 +117,19 @@ def synthesise(
         options: how they are written.
         seed: of everything drawn.
         longest: characters of the longest real input.
-        margins: says of inputs how real they look, above zero where they do; None keeps all that pass the screen.
+        margins: says of inputs how real they look, above zero where they do.
+        refusing: keep those alone; else keep all that pass the screen, with their margins.
+        least: as few will do, once `PATIENCE` × `wanted` are written. Default: `wanted`.
         kept_in: a file, one round a line; a synthesis that was stopped goes on from it.
         on_progress: told (kept, wanted).
 
     Raises:
         InvalidInput: no seeds, or seeds too long for the model's context.
-        RegraftError: after `most_tries` × `wanted` written inputs there are still too few.
+        RegraftError: after `most_tries` × `least` written inputs there are still too few.
     """
     if not seeds:
         raise InvalidInput("Without a seed example there is nothing to write more of.", "Give at least one.")
-    screen = Screen(seeds, longest)
+    screen, least = Screen(seeds, longest), wanted if least is None else least
     rounds = []
     origin = _origin(name, seeds, options, seed, longest)
     for made in _stored(kept_in, origin):
@@ -128,16 +139,21 @@ def synthesise(
     while (kept := sum(len(made.kept) for made in rounds)) < wanted:
         if on_progress:
             on_progress(kept, wanted)
-        if sum(made.written for made in rounds) >= options.most_tries * wanted or _hopeless(rounds):
-            raise _too_few(Pool((), tuple(rounds)), kept, wanted)
+        written = sum(made.written for made in rounds)
+        if kept >= least and written >= PATIENCE * wanted:
+            break
+        if written >= options.most_tries * least or _hopeless(rounds):
+            raise _too_few(Pool((), (), tuple(rounds)), kept, least)
         rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
-        made = _round(model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins)
+        made = _round(model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing)
         rounds.append(made)
         if kept_in is not None:
             _store(kept_in, origin, rounds)
     if on_progress:
         on_progress(wanted, wanted)
-    return Pool(tuple(text for made in rounds for text in made.kept)[:wanted], tuple(rounds))
+    inputs = [text for made in rounds for text in made.kept]
+    looks = [margin for made in rounds for margin in made.margins]
+    return Pool(tuple(inputs[:wanted]), tuple(looks[:wanted]), tuple(rounds))
 
 
 def _round(
@@ -151,14 +167,18 @@ def _round(
     seed: int,
     screen: Screen,
     margins: Margins | None,
+    refusing: bool,
 ) -> Round:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
-    prompt, shown, items, room = _fitting(model, tokenizer, name, shown, options.items)
-    past = f"\n{len(shown) + items + 1}."
+    prompt, shown, items, room = fitting(model, tokenizer, name, shown, options.items)
+
+    astray = inf if screen.longest is None else ASTRAY * screen.longest + len(f"\n{len(shown) + items + 1}.")
 
     def enough(written: list[int]) -> bool:
-        return past in tokenizer.decode(written[-len(past) - 2 :])
+        """The list is at its end, or what is written no longer looks like an item."""
+        found = parse(tokenizer.decode(written, skip_special_tokens=True), shown)
+        return found.complete or len(found.items) >= items or len(found.unfinished) > astray
 
     made = Round(number)
     before = Counter(screen.dropped)
@@ -174,14 +194,20 @@ def _round(
         generator=generator,
         enough=enough,
     ):
-        found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), shown, continuation.ended)
+        found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), shown, ended=continuation.ended)
         made.written += len(found.items[:items])
         made.unfinished += bool(found.unfinished) and len(found.items) < items
         passed += [item for item in found.items[:items] if screen.passes(item)]
     made.dropped = dict(screen.dropped - before)
-    looks = margins(passed) if margins and passed else [1.0] * len(passed)
-    for item, margin in zip(passed, looks, strict=True):
-        (made.kept if margin > 0 else made.refused).append(item)
+    if margins is None or not passed:
+        made.kept = passed
+        return made
+    for item, margin in zip(passed, margins(passed), strict=True):
+        if refusing and margin <= 0:
+            made.refused.append(item)
+        else:
+            made.kept.append(item)
+            made.margins.append(margin)
     return made
 
 
@@ -191,19 +217,19 @@ def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
     return {end for end in ends if end is not None}
 
 
-def _fitting(
+def fitting(
     model: nn.Module, tokenizer: Any, name: str, seeds: Sequence[str], items: int
 ) -> tuple[list[int], list[str], int, int]:
-    """A list's tokens, the seeds on it, the items that it asks for, and room for those in tokens.
+    """A list's tokens, the seeds that it shows, how many items it asks for, and the most tokens that it may go on for.
 
     Where the model's context is too small for all that was wished, it asks for fewer items, then shows fewer seeds.
     """
-    most = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    most = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) or inf
     item = max(len(tokenizer(f" {each}\n", add_special_tokens=False)["input_ids"]) for each in seeds) + 3  # its number
     for number in range(len(seeds), 0, -1):
         shown = list(seeds[:number])
         prompt = tokenizer(listing(name, shown, items))["input_ids"]
-        fit = min(items, int((most - len(prompt)) / (SPARE * item)) if most < float("inf") else items)
+        fit = min(items, int((most - len(prompt)) / (SPARE * item)) if most < inf else items)
         if fit >= 1:
             return tokenizer(listing(name, shown, fit))["input_ids"], shown, fit, round(SPARE * fit * item)
     raise InvalidInput(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.data.example import Example
-from training.migration.choosing import as_long, by_likeness, deciles, spread
+from training.migration.choosing import as_long, by_likeness, choose, deciles, spread
 from training.migration.discriminator import calibrated
 
 
@@ -50,6 +50,22 @@ def test_each_share_of_lengths_is_filled_and_what_lacks_comes_in_order() -> None
     assert min(counts.values()) == 2
     assert counts[85] == 4, "the missing two are the next ones in order"
     assert sorted(as_long(lengths, order, bounds, 100)) == sorted(order), "all there are"
+
+
+def test_what_is_chosen_has_the_real_lengths_and_the_real_look() -> None:
+    rng = random.Random(0)
+    inputs = list({rng.choice("ab") + "x" * rng.randint(1, 60) + str(number) for number in range(3000)})
+    margins = [4.0 if text[0] == "a" else -4.0 for text in inputs]
+    bounds = deciles(range(20, 41))
+    both = choose(inputs, margins, 100, temperature=1.0, bounds=bounds, seed=0)
+    assert len(set(both)) == 100
+    shares = Counter(min(9, sum(len(text) > bound for bound in bounds)) for text in both)
+    assert set(shares.values()) == {10}
+    assert sum(text[0] == "a" for text in both) > 90
+    looks = choose(inputs, margins, 100, temperature=1.0, bounds=(), seed=0)
+    assert sum(text[0] == "a" for text in looks) > 90
+    assert sum(text[0] == "a" for text in choose(inputs, margins, 100, temperature=100, bounds=(), seed=0)) < 75
+    assert choose(inputs, (), 100, temperature=1.0, bounds=(), seed=0) == inputs[:100], "nothing to choose by"
 
 
 def test_calibration_finds_by_how_much_margins_are_overconfident() -> None:

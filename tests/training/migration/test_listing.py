@@ -34,19 +34,19 @@ def test_a_list_ends_where_its_next_item_begins() -> None:
 def test_items_reach_to_the_next_number_of_the_list(
     text: str, ended: bool, items: tuple[str, ...], unfinished: str
 ) -> None:
-    written = parse(text, SEEDS, ended)
+    written = parse(text, SEEDS, ended=ended)
     assert (written.items, written.unfinished) == (items, unfinished)
 
 
 def test_a_blank_line_is_part_of_an_item_where_seeds_have_some() -> None:
-    written = parse(" a\n\nb\n3. c", ["x\n\ny"], True)
+    written = parse(" a\n\nb\n3. c", ["x\n\ny"], ended=True)
     assert written.items == ("a\n\nb", "c")
 
 
 def test_what_was_written_can_be_listed_and_read_again() -> None:
     items = ["Sort: b a", "Options:\n(A) x\n(B) y", "1. is a number"]
     text = listing("any", [*SEEDS, *items], 1).partition("\n3.")[2]
-    assert parse(text, SEEDS, False).items == tuple(items)
+    assert parse(text, SEEDS).items == tuple(items)
 
 
 def test_the_screen_keeps_each_input_once_and_says_why_it_drops_one() -> None:

@@ -39,10 +39,28 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lists
 
 
-def run(wanted: int = 20, *, margins: Any = None, seed: int = 0, kept_in: Path | None = None, **changes: Any) -> Pool:
-    options = OPTIONS.model_copy(update=changes)
+def run(
+    wanted: int = 20,
+    *,
+    margins: Any = None,
+    refusing: bool = True,
+    least: int | None = None,
+    seed: int = 0,
+    kept_in: Path | None = None,
+    **changes: Any,
+) -> Pool:
     return synthesise(
-        tiny_llama(), tiny_tokenizer(), "words", SEEDS, wanted, options, seed=seed, margins=margins, kept_in=kept_in
+        tiny_llama(),
+        tiny_tokenizer(),
+        "words",
+        SEEDS,
+        wanted,
+        OPTIONS.model_copy(update=changes),
+        seed=seed,
+        margins=margins,
+        refusing=refusing,
+        least=least,
+        kept_in=kept_in,
     )
 
 
@@ -59,7 +77,7 @@ def test_as_many_different_inputs_as_are_wanted(writer: list[str]) -> None:
     assert not set(pool.inputs) & set(SEEDS)
     assert pool.written == 3 * pool.dropped["unfinished"], "each list has three inputs and the beginning of a fourth"
     assert pool.rounds[0].unfinished == OPTIONS.rows
-    assert pool.acceptance == 1.0
+    assert pool.acceptance is None, "nothing judged them"
     assert told[0] == (0, 40) and told[-1] == (40, 40) and told == sorted(told)
 
 
@@ -83,6 +101,48 @@ def test_a_discriminator_that_refuses_a_letter_leaves_none_of_it(writer: list[st
     assert refused and all("m" in text for text in refused)
     kept = sum(len(made.kept) for made in pool.rounds)
     assert pool.acceptance == kept / (kept + len(refused))
+
+
+def test_without_refusing_all_are_kept_with_how_real_they_look(writer: list[str]) -> None:
+    pool = run(30, margins=without("m"), refusing=False)
+    assert len(pool.inputs) == len(pool.margins) == 30
+    assert list(pool.margins) == without("m")(pool.inputs)
+    judged = [margin > 0 for made in pool.rounds for margin in made.margins]
+    assert 0 < sum(judged) < len(judged)
+    assert pool.acceptance == sum(judged) / len(judged)
+
+
+def test_where_the_model_repeats_itself_fewer_will_do(monkeypatch: pytest.MonkeyPatch, writer: list[str]) -> None:
+    monkeypatch.setattr(f"{__name__}.WORDS", ["bamp", "dern", "fick", "gosh"])  # twelve inputs of two of them
+    pool = run(24, least=6)
+    assert 6 <= len(pool.inputs) <= 12
+    assert synthesis.PATIENCE * 24 <= pool.written < synthesis.PATIENCE * 24 + 3 * OPTIONS.rows
+    with pytest.raises(RegraftError, match="13 are wanted"):
+        run(24, least=13, most_tries=8)
+
+
+def test_a_list_that_can_bring_no_more_items_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, asked = tiny_tokenizer(), []
+
+    def write(*_: Any, enough: Callable[[list[int]], bool], **rest: Any) -> list[Sampled]:
+        asked.append(enough)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesis, "sampled", write)
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(tiny_llama(), tokenizer, "words", SEEDS, 5, OPTIONS, seed=0, longest=12)
+    (enough,) = asked
+    for text, stops in (
+        (" apple\n5. pear", False),
+        (" apple\n5. pear\n6. fig\n7. plum", False),
+        (" apple\n5. pear\n6. fig\n7. plum\n8.", True),
+        (" apple\n\nThat", True),
+        (" apples and pears and figs", False),
+        (" apples and pears and figs and a plum", True),
+        (" apple\n5. apples and pears and figs\n6", False),
+        (" apple\n5. apples and pears and figs and a plum", True),
+    ):
+        assert enough(tokenizer(text)["input_ids"]) == stops, text
 
 
 def test_a_discriminator_that_refuses_everything_ends_it_with_the_numbers(writer: list[str]) -> None:
