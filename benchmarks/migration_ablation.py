@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from benchmarks.planted import PLANTED, Planted, english, make_pair
+from benchmarks.planted import PLANTED, Planted, english, make_pair, make_twin
 from benchmarks.results_file import Row, write
 from benchmarks.table import insert
 from training.base_models import LoadedBase, load_base
@@ -40,22 +40,31 @@ from training.methods.borrowing import borrowed
 from training.migration.choosing import choose
 from training.migration.kit import Kit, build_kit, load_discriminator
 from training.migration.labelling import label
-from training.migration.options import DiscriminatorOptions, KitOptions, MigrationOptions, SynthesisOptions
+from training.migration.options import (
+    DiscriminatorOptions,
+    DistillationOptions,
+    KitOptions,
+    MigrationOptions,
+    SynthesisOptions,
+)
+from training.migration.soft_labels import soft_labels
 from training.migration.synthesis import synthesise
+from training.objectives.distillation import Distillation, Distilled
 from training.options import TrainingOptions
 from training.recipe import Recipe, recipe_from
 from training.trainer import train_recipe
 
 ROWS, TEST, INPUTS = 120, 500, 120
 SURPLUS = MigrationOptions().surplus
-TEACHER_STEPS, STUDENT_STEPS, STUDENTS = 120, 300, 2
+TEACHER_STEPS, TEACHER_RATE = 120, 1e-2
+STUDENT_STEPS, STUDENT_RATE, STUDENTS = 300, 3e-3, 2
 SYNTHESIS = SynthesisOptions()
 PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
 BEGIN = "<!-- results: python -m benchmarks.migration_ablation -->"
 DISCRIMINATOR = DiscriminatorOptions(training=TrainingOptions(epochs=6, batch_size=16, learning_rate=1e-2))
 
 
-def recipe(reference: str, seed: int, steps: int) -> Recipe:
+def recipe(reference: str, seed: int, steps: int, rate: float) -> Recipe:
     """A LoRA on a tiny base."""
     return recipe_from(
         {
@@ -63,18 +72,27 @@ def recipe(reference: str, seed: int, steps: int) -> Recipe:
             "base": reference,
             "method": {"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"},
             "data": {"file": "not-read.jsonl", "instruction": ""},
-            "training": {"steps": steps, "batch_size": 16, "learning_rate": 1e-2, "checkpoint_every": 100_000},
+            "training": {"steps": steps, "batch_size": 16, "learning_rate": rate, "checkpoint_every": 100_000},
             "seed": seed,
         },
         "planted",
     )
 
 
-def trained(base: LoadedBase, examples: Sequence[Example], seed: int, steps: int = STUDENT_STEPS) -> nn.Module:
+def trained(
+    base: LoadedBase,
+    examples: Sequence[Example],
+    seed: int,
+    steps: int = STUDENT_STEPS,
+    rate: float = STUDENT_RATE,
+    distilled: Distilled | None = None,
+) -> nn.Module:
     """The base with a fresh LoRA that has learnt the examples; within `borrowed`."""
     with TemporaryDirectory() as workdir:
-        chosen = recipe(base.reference, seed, steps)
-        adapted, _ = train_recipe(chosen, base, examples, (), workdir=Path(workdir), on_event=lambda event: None)
+        chosen = recipe(base.reference, seed, steps, rate)
+        adapted, _ = train_recipe(
+            chosen, base, examples, (), workdir=Path(workdir), on_event=lambda event: None, distilled=distilled
+        )
     return adapted.model.eval()
 
 
@@ -224,7 +242,7 @@ def measure(
     real, test = task.examples(ROWS, seed), task.examples(ROWS + TEST, seed)[ROWS:]
     found: dict[str, Any] = {}
     with borrowed(source.model):
-        teacher = trained(source, real, seed, TEACHER_STEPS)
+        teacher = trained(source, real, seed, TEACHER_STEPS, TEACHER_RATE)
         found["teacher"] = accuracy(teacher, source.tokenizer, test)
         choices: tuple[tuple[Literal["random", "spread"], dict[str, Variant]], ...]
         choices = (("random", BY_CHANCE), ("spread", SPREAD))
@@ -240,14 +258,46 @@ def measure(
                     found[f"{name}: right labels"] = mean(
                         task.answer(each.prompt) == each.completion for each in learnt
                     )
-                accuracies = []
-                for student in range(students):
-                    with borrowed(target.model):
-                        model = trained(target, learnt, 1000 * student + seed)
-                        accuracies.append(accuracy(model, target.tokenizer, test))
-                found[name] = mean(accuracies)
+                found[name] = students_of(learnt, target, test, seed, students)
         found["bare"] = max(accuracy(target.model, target.tokenizer, test, shots) for shots in ((), scene.seeds[:3]))
     return found
+
+
+def measure_logits(place: int, seed: int, directory: Path) -> dict[str, Any]:
+    """Students of a base with the teacher's vocabulary, that learn its answers, or its logits beside them."""
+    torch.set_num_threads(1)
+    task, options = PLANTED[place], DistillationOptions()
+    reference = make_pair(directory)[0]
+    source, target = (load_base(each, cache=directory / "cache") for each in (reference, make_twin(directory)))
+    real, test = task.examples(ROWS, seed), task.examples(ROWS + TEST, seed)[ROWS:]
+    found: dict[str, Any] = {}
+    with borrowed(source.model):
+        teacher = trained(source, real, seed, TEACHER_STEPS, TEACHER_RATE)
+        found["teacher"] = accuracy(teacher, source.tokenizer, test)
+        scene = prepared(task, seed, "spread", source, reference, target, teacher, real, directory, found)
+        learnt = odds_and_lengths(scene)
+        labels = soft_labels(teacher, PromptFormat(source.tokenizer), learnt, options.top_k)  # type: ignore[arg-type]
+    distilled = Distilled(Distillation(options.temperature, options.weight), labels)
+    found["answers"] = students_of(learnt, target, test, seed, STUDENTS)
+    found["logits"] = students_of(learnt, target, test, seed, STUDENTS, distilled)
+    return found
+
+
+def students_of(
+    learnt: Sequence[Example],
+    target: LoadedBase,
+    test: Sequence[Example],
+    seed: int,
+    students: int,
+    distilled: Distilled | None = None,
+) -> float:
+    """Mean accuracy of students that differ in their seeds."""
+    accuracies = []
+    for student in range(students):
+        with borrowed(target.model):
+            model = trained(target, learnt, 1000 * student + seed, distilled=distilled)
+            accuracies.append(accuracy(model, target.tokenizer, test))
+    return mean(accuracies)
 
 
 def prepared(
@@ -300,60 +350,50 @@ def prepared(
     return Scene(task, seed, kit, pool.inputs, pool.margins, real, answer)
 
 
-def report(found: dict[tuple[str, int], dict[str, Any]]) -> None:
-    """Write the results and the table of docs/migration.md."""
-    tasks, names = [task.name for task in PLANTED], ("teacher", "bare", *BY_CHANCE, *SPREAD)
-    cells = {task: [values for (name, _), values in found.items() if name == task] for task in tasks}
-    average = {name: {task: 100 * mean(each[name] for each in cells[task]) for task in tasks} for name in names}
-    overall = {name: mean(values.values()) for name, values in average.items()}
-    to_beat = 100 * mean(max(each["teacher"], each["bare"]) for task in tasks for each in cells[task])
-    seeds = len(cells[tasks[0]])
-    lines = [
-        f"| % of {TEST} items, {seeds} seeds × {STUDENTS} students | {' | '.join(tasks)} | mean | right labels |",
-        "|---|" + "---:|" * (len(tasks) + 2),
-    ]
-    for name in names:
-        labels = [each.get(f"{name}: right labels") for task in tasks for each in cells[task]]
-        right = "–" if None in labels else f"{100 * mean(labels):.1f}"
-        values = " | ".join(f"{average[name][task]:.1f}" for task in tasks)
-        lines.append(f"| {name} | {values} | {overall[name]:.1f} | {right} |")
-    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), "\n".join(lines), BEGIN), encoding="utf-8")
-    ours = overall[OURS]
+MEASURES = {"text": measure, "logits": measure_logits}
+Found = dict[tuple[str, str, int], dict[str, Any]]
+
+
+def report(found: Found) -> None:
+    """Write the results and the tables of docs/migration.md."""
+    table, overall = tabled(found, "text", ("teacher", "bare", *BY_CHANCE, *SPREAD))
+    soft_table, _ = tabled(found, "logits", ("teacher", "answers", "logits"))
+    told = f"{table}\n\nThe same onto a Gemma that has the Llama's vocabulary, of answers or of logits beside them:\n\n"
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), told + soft_table, BEGIN), encoding="utf-8")
+    of_text = [values for (kind, _, _), values in found.items() if kind == "text"]
+    to_beat = 100 * mean(max(values["teacher"], values["bare"]) for values in of_text)
+    peers = (
+        ("a migrated adapter is as good as the old one", to_beat - 2, "teacher or bare, less 2 points"),
+        ("inputs like the real ones teach more than others", overall[RANDOM_TEXT] + 5, "random text, and 5 points"),
+        ("they teach more than the seeds alone", overall[SEEDS_ONLY] + 5, "seeds only, and 5 points"),
+        ("chosen inputs teach more than filtered ones", overall[PAPER], "the paper's recipe"),
+    )
     write(
         "migration_ablation",
-        [
-            Row(
-                "a migrated adapter is as good as the old one",
-                ours,
-                to_beat - 2,
-                "teacher or bare, less 2 points",
-                "%",
-                1,
-            ),
-            Row(
-                "inputs like the real ones teach more than others",
-                ours,
-                overall[RANDOM_TEXT] + 5,
-                "random text, and 5 points",
-                "%",
-                1,
-            ),
-            Row(
-                "they teach more than the seeds alone",
-                ours,
-                overall[SEEDS_ONLY] + 5,
-                "seeds only, and 5 points",
-                "%",
-                1,
-            ),
-            Row("chosen inputs teach more than filtered ones", ours, overall[PAPER], "the paper's recipe", "%", 1),
-        ],
-        details={f"{task}, seed {seed}": values for (task, seed), values in sorted(found.items())},
+        [Row(claim, overall[OURS], peer, name, "%", 1) for claim, peer, name in peers],
+        details={f"{kind}: {task}, seed {seed}": values for (kind, task, seed), values in sorted(found.items())},
     )
 
 
+def tabled(found: Found, kind: str, names: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """A table of percentages by task, and their means over tasks."""
+    cells = {task.name: [values for key, values in found.items() if key[:2] == (kind, task.name)] for task in PLANTED}
+    seeds, overall = len(cells[PLANTED[0].name]), {}
+    lines = [
+        f"| % of {TEST} items, {seeds} seeds × {STUDENTS} students | {' | '.join(cells)} | mean | right labels |",
+        "|---|" + "---:|" * (len(cells) + 2),
+    ]
+    for name in names:
+        values = [100 * mean(each[name] for each in of_task) for of_task in cells.values()]
+        overall[name] = mean(values)
+        labels = [each.get(f"{name}: right labels") for of_task in cells.values() for each in of_task]
+        right = "–" if None in labels else f"{100 * mean(labels):.1f}"
+        lines.append(f"| {' | '.join([name, *(f'{each:.1f}' for each in (*values, overall[name])), right])} |")
+    return "\n".join(lines), overall
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -361,16 +401,21 @@ def main() -> None:
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     make_pair(options.directory)
+    make_twin(options.directory)
     kept = options.directory / "results.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
-    found = {tuple(line["key"]): line["found"] for line in map(json.loads, lines)}
-    places = [(place, seed) for place in range(len(PLANTED)) for seed in range(options.seeds)]
-    wanted = [(place, seed) for place, seed in places if (PLANTED[place].name, seed) not in found]
+    found: Found = {tuple(line["key"]): line["found"] for line in map(json.loads, lines)}
+    places = [
+        (kind, place, seed) for kind in MEASURES for place in range(len(PLANTED)) for seed in range(options.seeds)
+    ]
+    wanted = [(kind, place, seed) for kind, place, seed in places if (kind, PLANTED[place].name, seed) not in found]
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(measure, *job, options.directory): job for job in wanted}
+        running = {
+            pool.submit(MEASURES[kind], place, seed, options.directory): (kind, PLANTED[place].name, seed)
+            for kind, place, seed in wanted
+        }
         for future in as_completed(running):
-            place, seed = running[future]
-            key = PLANTED[place].name, seed
+            key = running[future]
             found[key] = future.result()
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "found": found[key]}) + "\n")

@@ -78,15 +78,20 @@ PLANTED = (
 
 def make_pair(directory: Path) -> tuple[str, str]:
     """References of the two base models, made on first use: a Llama and a Gemma."""
-    made = directory / "llama", directory / "gemma"
-    for folder, build, size, seed in (
-        (made[0], partial(llama, layers=3, intermediate=160), 300, 0),
-        (made[1], _gemma, 420, 1),
-    ):
-        if not (folder / "model.safetensors").is_file():
-            texts = list(_documents(random.Random(seed)))
-            pretrain(folder, build, texts, vocabulary=size, steps=STEPS, batch=16, longest=1024, seed=seed)
-    return f"path:{made[0]}", f"path:{made[1]}"
+    layers = partial(llama, layers=3, intermediate=160)
+    return _made(directory / "llama", layers, 300, seed=0), _made(directory / "gemma", _gemma, 420, seed=1)
+
+
+def make_twin(directory: Path) -> str:
+    """Reference of a Gemma that has the Llama's tokenizer, made on first use."""
+    return _made(directory / "twin", _gemma, 300, seed=0)
+
+
+def _made(folder: Path, build: Callable[[int], Any], vocabulary: int, seed: int) -> str:
+    if not (folder / "model.safetensors").is_file():
+        texts = list(_documents(random.Random(seed)))
+        pretrain(folder, build, texts, vocabulary=vocabulary, steps=STEPS, batch=16, longest=1024, seed=seed)
+    return f"path:{folder}"
 
 
 def english(number: int, seed: int) -> list[str]:

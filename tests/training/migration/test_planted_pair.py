@@ -12,6 +12,7 @@ from benchmarks.migration_ablation import (
     RANDOM_TEXT,
     SEEDS_ONLY,
     SYNTHESIS,
+    TEACHER_RATE,
     TEACHER_STEPS,
     accuracy,
     measure,
@@ -63,7 +64,7 @@ def test_what_is_learnt_is_what_the_teacher_says_and_not_what_the_target_thinks(
     source, target = (load_base(reference, cache=directory / "cache") for reference in make_pair(directory))
     seeds = [row.prompt for row in rows[:5]]
     with borrowed(source.model):
-        teacher = trained(source, rows[:120], 0, TEACHER_STEPS)
+        teacher = trained(source, rows[:120], 0, TEACHER_STEPS, TEACHER_RATE)
         pool = synthesise(target.model, target.tokenizer, task.name, seeds, 120, SYNTHESIS, seed=0)
         learnt = label(teacher, PromptFormat(source.tokenizer), pool.inputs, longest=3).examples
     with borrowed(target.model):
