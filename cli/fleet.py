@@ -30,6 +30,7 @@ def migrate_all(
     alias: str | None,
     promote: str | None,
     dry_run: bool,
+    queue: bool,
     as_json: bool,
 ) -> None:
     """What `regraft migrate --all` does; see its help."""
@@ -46,11 +47,26 @@ def migrate_all(
     if dry_run:
         print_json(plan) if as_json else _tell_plan(plan)
         return
-    connect_flows()  # what needs no server has come first
+    settings = connect_flows()  # what needs no server has come first
     from flows.migrate_fleet import migrate_fleet
 
+    told: dict[str, Any] = {
+        "source": source,
+        "target": target,
+        "options": options,
+        "suites": suites,
+        "evaluate": evaluate,
+        "alias": alias,
+        "promote_to": promote,
+    }
+    if queue:
+        from cli.migrate import tell_queued
+        from flows.work_pool import queue as leave
+
+        tell_queued(leave(migrate_fleet, f"{plan.source} to {plan.target}", told, settings), as_json)
+        return
     with live_progress():
-        fleet = migrate_fleet(source, target, options, suites, evaluate, alias, promote)
+        fleet = migrate_fleet(**told)
     print_json(fleet) if as_json else _tell(fleet)
     if fleet.count("failed") or fleet.count("not as good"):
         raise typer.Exit(7)

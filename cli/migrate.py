@@ -1,7 +1,7 @@
 """`regraft migrate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -40,6 +40,7 @@ def migrate(
     alias: Annotated[str | None, typer.Option(help="With --all: only versions that this alias points at.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --all: only say what would be done.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="With --all: look on while another process does it.")] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Leave it to a worker (regraft worker).")] = False,
     as_json: Json = False,
 ) -> None:
     """Move a version to another base model without the data it was trained on; or, with --all, a whole base's adapters.
@@ -69,7 +70,9 @@ def migrate(
         if watch:
             watch_all(from_, to, as_json)
             return
-        migrate_all(from_, to, inputs, method, filtered, changes, suites, evaluate, alias, promote, dry_run, as_json)
+        migrate_all(
+            from_, to, inputs, method, filtered, changes, suites, evaluate, alias, promote, dry_run, queue, as_json
+        )
         return
     if address is None or from_ or alias or dry_run or watch:
         raise typer.BadParameter("Give NAME@VERSION, or --all with --from BASE, --alias, --dry-run and --watch.")
@@ -81,16 +84,39 @@ def migrate(
     version = AdapterRegistry().get(address)
     options = options_from(version.recipe, inputs, method, filtered, changes)
     shown = _seeds(seeds)
-    plan_migration(version.address, to, options, shown, suites, evaluate, name, promote)
-    connect_flows()  # what needs no server has come first
+    plan = plan_migration(version.address, to, options, shown, suites, evaluate, name, promote)
+    settings = connect_flows()  # what needs no server has come first
+    told: dict[str, Any] = {
+        "address": version.address,
+        "target": to,
+        "options": options,
+        "seeds": shown,
+        "suites": suites,
+        "evaluate": evaluate,
+        "name": name,
+        "promote_to": promote,
+    }
+    if queue:
+        from flows.work_pool import queue as leave
+
+        tell_queued(leave(migrate_adapter, f"{version.address} to {plan.target.name}", told, settings), as_json)
+        return
     with live_progress():
-        migration = migrate_adapter(version.address, to, options, shown, suites, evaluate, name, promote)
+        migration = migrate_adapter(**told)
     if as_json:
         print_json(migration)
     else:
         _tell(migration)
     if migration.passed is False or (migration.promotion and not migration.promotion.moved):
         raise typer.Exit(7)
+
+
+def tell_queued(flow_run: str, as_json: bool) -> None:
+    """Say that a worker has something to do."""
+    if as_json:
+        print_json({"flow_run": flow_run})
+    else:
+        console.print(f"Queued as flow run [bold]{flow_run}[/]. [dim]A worker runs it: regraft worker[/]")
 
 
 def _tell(migration: "Migration") -> None:

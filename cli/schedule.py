@@ -137,9 +137,9 @@ def worker(
     once: Annotated[bool, typer.Option("--once", help="Run what is due now, then leave.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Flow runs at a time.")] = 1,
 ) -> None:
-    """Execute scheduled trainings until Ctrl-C.
+    """Execute scheduled trainings and queued migrations until Ctrl-C.
 
-    Each run is a process of its own; trainings on a GPU share its slots (setting [bold]gpu_slots[/]).
+    Each run is a process of its own; those on a GPU share its slots (setting [bold]gpu_slots[/]).
     """
     import os
     import subprocess
@@ -148,7 +148,8 @@ def worker(
     from cli.session import connect_flows
 
     connect_flows()
-    from flows.schedules import POOL, due, ensure_pool
+    from flows.schedules import due
+    from flows.work_pool import POOL, ensure_pool
     from infra.settings import configuration_file
 
     ensure_pool()

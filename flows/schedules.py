@@ -1,19 +1,13 @@
-"""Schedules: Prefect deployments of the training flow, one per adapter, executed by `regraft worker`.
-
-A deployment points at an importable flow (`flows.train_adapter.train_adapter`) on a process work pool, so that the
-worker needs no code storage, and carries the whole recipe as its parameter, so that Prefect's UI can edit and run it.
-"""
+"""Schedules: Prefect deployments of the training flow, one per adapter, each with its whole recipe."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count, islice
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
@@ -29,19 +23,17 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.types.entrypoint import EntrypointType
+from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ValidationError
 
 from flows.train_adapter import train_adapter
+from flows.work_pool import POOL, deploy, prefect_client
 from infra.documents import did_you_mean
 from infra.errors import InvalidInput, NotFound
 from infra.settings import Settings
 from registry.addresses import adapter_name
 from training.recipe import Recipe
 
-POOL = "regraft"
 TAG = "regraft-schedule"
 _OWNER = "owner:"
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -101,46 +93,42 @@ def create(recipe: Recipe, trigger: Trigger, settings: Settings, only_when_data_
     """
     adapter_name(recipe.adapter)
     schedule = trigger.schedule()
-    ensure_pool()
-    with _client() as client:
-        deployment = RunnerDeployment.from_flow(
-            train_adapter,
-            name=recipe.adapter,
-            description=recipe.description or f"Trains {recipe.adapter} on {recipe.base}.",
-            schedules=[schedule],
-            parameters={"recipe": recipe.as_stored(), "only_if_data_changed": only_when_data_changes},
-            tags=[TAG, _OWNER + settings.actor],
-            work_pool_name=POOL,
-            entrypoint_type=EntrypointType.MODULE_PATH,
-            job_variables={"env": {"REGRAFT_HOME": str(settings.home)}},
-        )
-        deployment.apply()
+    deploy(
+        train_adapter,
+        recipe.adapter,
+        {"recipe": recipe.as_stored(), "only_if_data_changed": only_when_data_changes},
+        settings,
+        description=recipe.description or f"Trains {recipe.adapter} on {recipe.base}.",
+        tags=[TAG, _OWNER + settings.actor],
+        schedules=[schedule],
+    )
+    with prefect_client() as client:
         return _describe(client, _find(client, recipe.adapter))
 
 
 def listing() -> list[Schedule]:
     """Every schedule, by adapter."""
-    with _client() as client:
+    with prefect_client() as client:
         return [_describe(client, deployment) for deployment in _all(client)]
 
 
 def pause(adapter: str) -> Schedule:
     """Stop a schedule from starting runs; what already runs goes on."""
-    with _client() as client:
+    with prefect_client() as client:
         client.pause_deployment(_find(client, adapter).id)
         return _describe(client, _find(client, adapter))
 
 
 def resume(adapter: str) -> Schedule:
     """Let a paused schedule start runs again."""
-    with _client() as client:
+    with prefect_client() as client:
         client.resume_deployment(_find(client, adapter).id)
         return _describe(client, _find(client, adapter))
 
 
 def run_now(adapter: str) -> str:
     """Queue one run at once, beside the schedule. Returns the name of the flow run."""
-    with _client() as client:
+    with prefect_client() as client:
         return client.create_flow_run_from_deployment(_find(client, adapter).id).name
 
 
@@ -148,7 +136,7 @@ def due() -> int:
     """How many runs wait for a worker whose time has come."""
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
     come = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
-    with _client() as client:
+    with prefect_client() as client:
         return client.count_flow_runs(
             flow_run_filter=FlowRunFilter(state=state, expected_start_time=come),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
@@ -157,20 +145,8 @@ def due() -> int:
 
 def remove(adapter: str) -> None:
     """Delete a schedule; its past runs stay in Prefect."""
-    with _client() as client:
+    with prefect_client() as client:
         client.delete_deployment(_find(client, adapter).id)
-
-
-def ensure_pool() -> None:
-    """Create the work pool that schedules run on, where it is not there yet."""
-    with _client() as client, suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", description="Regraft's trainings"))
-
-
-@contextmanager
-def _client() -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
-        yield client
 
 
 def _all(client: SyncPrefectClient) -> list[DeploymentResponse]:

@@ -177,6 +177,21 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
 
 
 @pytest.mark.slow
+def test_a_worker_moves_what_was_queued(first: str) -> None:
+    registry = AdapterRegistry()
+    copy(first, "queued-a")
+    copy(first, "queued-b")
+    one = json.loads(clean(run_here("migrate", "queued-a@1", "--to", "fleet-new", *SHORT, "--queue", "--json")))
+    assert "Queued as flow run" in clean(run_here("migrate", *TO, *SHORT, "--queue"))
+    assert len(registry.versions("queued-a")) == 1, "nothing is done yet"
+    worked = ended(started("worker", "--once", REGRAFT_HOME=str(get_settings().home)))
+    assert worked.code == 0, worked.err
+    assert one["flow_run"] in worked.out + worked.err
+    for name in ("queued-a", "queued-b"):
+        assert [version.base.name for version in registry.versions(name)] == ["fleet-new", "fleet-old"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("prefect_ray") is None, reason="pip install 'regraft[ray]'")
 def test_a_fleet_moves_on_the_workers_of_a_ray_cluster(first: str, data: Path, tmp_path: Path) -> None:
     registry = AdapterRegistry()
