@@ -66,6 +66,7 @@ def test_a_schedule_that_makes_no_sense_is_not_made(recipe: Path, options: tuple
     assert listed("punctual") == []
 
 
+@pytest.mark.slow
 def test_prefects_own_command_line_deploys_the_file_of_the_repository(regraft_home: Path) -> None:
     get_settings.cache_clear()
     environment = {**os.environ, "PREFECT_API_URL": LocalServices(get_settings()).prefect_api_url()}

@@ -124,7 +124,9 @@ def test_two_processes_train_the_same_layers_in_turn(tmp_path, base) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "prefix-tuning"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ia3", "prefix-tuning"))]
+)
 def test_a_base_that_is_split_over_two_processes_trains_the_same_adapter(tmp_path, base, method) -> None:
     """Of three validation examples the second process has but one."""
     whole, split = (

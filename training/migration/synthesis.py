@@ -256,7 +256,7 @@ def _too_few(pool: Pool, kept: int, wanted: int) -> RegraftError:
 
 def _origin(name: str, seeds: Sequence[str], options: SynthesisOptions, seed: int, longest: int | None) -> str:
     """Names what decides the inputs, beside the model and the discriminator."""
-    told = [name, *seeds, options.model_dump(), seed, longest]
+    told = [name, *seeds, options.model_dump(), seed, longest, ASTRAY]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
