@@ -3,7 +3,7 @@
 On two tiny base models (benchmarks/planted.py) and three planted tasks. For each task and seed a teacher is trained on
 the first base, a kit is built, and the target writes inputs; then each variant trains a student on the target.
 
-    python -m benchmarks.migration_ablation [--seeds 3] [--workers 2] [--directory DIR]
+    python -m benchmarks.migration_ablation [--kinds text logits] [--seeds 3] [--workers 2] [--directory DIR]
 
 Every variant's student has as many steps, and is trained twice, with seeds of its own. The bare target is the better of
 none and three solved examples. Right labels: the share of a variant's inputs that the teacher answered rightly.
@@ -13,6 +13,7 @@ benchmarks/results and, as a table, to docs/migration.md.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -210,7 +211,8 @@ def real_rows(scene: Scene) -> Sequence[Example]:
 
 
 Variant = Callable[[Scene], Sequence[Example]]
-PAPER, OURS, RANDOM_TEXT, SEEDS_ONLY = "the paper's recipe", "regraft", "random text", "seeds only"
+PAPER, RANDOM_TEXT, SEEDS_ONLY = "the paper's recipe", "random text", "seeds only"
+OURS = "regraft: both, and the seeds themselves"
 BY_CHANCE: dict[str, Variant] = {
     PAPER: filtered,
     "unfiltered": unfiltered,
@@ -221,9 +223,9 @@ SPREAD: dict[str, Variant] = {
     "spread seeds": filtered,
     "spread seeds, by odds": odds,
     "spread seeds, real lengths": lengths,
-    OURS: odds_and_lengths,
-    f"{OURS}, and the seeds": with_seeds,
-    f"{OURS}, right answers": right_answers,
+    "spread seeds, both": odds_and_lengths,
+    OURS: with_seeds,
+    "spread seeds, both, right answers": right_answers,
     "the real rows": real_rows,
 }
 
@@ -275,7 +277,7 @@ def measure_logits(place: int, seed: int, directory: Path) -> dict[str, Any]:
         teacher = trained(source, real, seed, TEACHER_STEPS, TEACHER_RATE)
         found["teacher"] = accuracy(teacher, source.tokenizer, test)
         scene = prepared(task, seed, "spread", source, reference, target, teacher, real, directory, found)
-        learnt = odds_and_lengths(scene)
+        learnt = with_seeds(scene)
         labels = soft_labels(teacher, PromptFormat(source.tokenizer), learnt, options.top_k)  # type: ignore[arg-type]
     distilled = Distilled(Distillation(options.temperature, options.weight), labels)
     found["answers"] = students_of(learnt, target, test, seed, STUDENTS)
@@ -357,9 +359,10 @@ Found = dict[tuple[str, str, int], dict[str, Any]]
 def report(found: Found) -> None:
     """Write the results and the tables of docs/migration.md."""
     table, overall = tabled(found, "text", ("teacher", "bare", *BY_CHANCE, *SPREAD))
-    soft_table, _ = tabled(found, "logits", ("teacher", "answers", "logits"))
-    told = f"{table}\n\nThe same onto a Gemma that has the Llama's vocabulary, of answers or of logits beside them:\n\n"
-    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), told + soft_table, BEGIN), encoding="utf-8")
+    if any(kind == "logits" for kind, _, _ in found):
+        table += "\n\nThe same onto a Gemma that has the Llama's vocabulary, of answers or of logits beside them:\n\n"
+        table += tabled(found, "logits", ("teacher", "answers", "logits"))[0]
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), table, BEGIN), encoding="utf-8")
     of_text = [values for (kind, _, _), values in found.items() if kind == "text"]
     to_beat = 100 * mean(max(values["teacher"], values["bare"]) for values in of_text)
     peers = (
@@ -395,6 +398,7 @@ def tabled(found: Found, kind: str, names: Sequence[str]) -> tuple[str, dict[str
 def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--directory", type=Path, default=Path(gettempdir()) / "regraft-migration-ablation")
@@ -402,11 +406,14 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     make_pair(options.directory)
     make_twin(options.directory)
-    kept = options.directory / "results.jsonl"
+    settings = [ROWS, TEST, INPUTS, SURPLUS, TEACHER_STEPS, TEACHER_RATE, STUDENT_STEPS, STUDENT_RATE, STUDENTS]
+    settings += [SYNTHESIS.model_dump(), DISCRIMINATOR.model_dump(), *sorted(VARIANTS)]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    kept = options.directory / f"results-{digest}.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
     found: Found = {tuple(line["key"]): line["found"] for line in map(json.loads, lines)}
     places = [
-        (kind, place, seed) for kind in MEASURES for place in range(len(PLANTED)) for seed in range(options.seeds)
+        (kind, place, seed) for kind in options.kinds for place in range(len(PLANTED)) for seed in range(options.seeds)
     ]
     wanted = [(kind, place, seed) for kind, place, seed in places if (kind, PLANTED[place].name, seed) not in found]
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:

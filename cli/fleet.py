@@ -36,14 +36,17 @@ def migrate_all(
     """What `regraft migrate --all` does; see its help."""
     from cli.session import connect_flows, live_progress
     from flows.fleet_plan import plan_fleet
+    from infra.errors import InvalidInput
     from registry.addresses import alias_name
     from training.migration.options import FleetOptions
 
     source = _required(source)
     for each in filter(None, (alias, promote)):
         alias_name(each)
+    if promote and not evaluate:
+        raise InvalidInput(f"'{promote}' cannot move to versions that are not measured.", "Leave out --no-evaluate.")
     options = FleetOptions(inputs=inputs, method=method, filtered=filtered, changes=changes)
-    plan = plan_fleet(source, target, options, alias)
+    plan = plan_fleet(source, target, options, alias, own_suites=evaluate and not suites)
     if dry_run:
         print_json(plan) if as_json else _tell_plan(plan)
         return
@@ -68,7 +71,7 @@ def migrate_all(
     with live_progress():
         fleet = migrate_fleet(**told)
     print_json(fleet) if as_json else _tell(fleet)
-    if fleet.count("failed") or fleet.count("not as good"):
+    if any(a.decision == "not as good" or (a.problem and a.decision != "cannot move") for a in fleet.adapters):
         raise typer.Exit(7)
 
 

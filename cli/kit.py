@@ -106,4 +106,4 @@ def _accuracy(balanced: float, samples: int) -> str:
     told = f"{balanced:.1%} balanced accuracy on {samples} held-out inputs of each kind (chance is 50 %)"
     if better_than_chance(balanced, samples):
         return told
-    return f"{told}; [yellow]no better than chance, so a migration does not filter with it[/]"
+    return f"{told}; [yellow]no better than chance, so a migration does not choose by it[/]"

@@ -45,9 +45,10 @@ def migrate(
 ) -> None:
     """Move a version to another base model without the data it was trained on; or, with --all, a whole base's adapters.
 
-    The new base writes inputs like the kit's seeds, the kit's discriminator says which look real, the old adapter
-    answers those, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same command
-    goes on from there. Exit code 7: the new version is worse than the old one or the bare base; nothing is promoted.
+    The new base writes inputs like the kit's seeds, those are chosen that together look like the real ones, the old
+    adapter answers them, and a fresh adapter on the new base learns the answers. Ctrl-C keeps what is done: the same
+    command goes on from there. Exit code 7: the new version is worse than the old one or the bare base; nothing is
+    promoted.
 
     With --all, each adapter's aliases, or else its newest version, move one after the other; what fails does not stop
     the rest, what has moved already is left alone, and a page with all numbers is written at the end.
@@ -75,7 +76,11 @@ def migrate(
         )
         return
     if address is None or from_ or alias or dry_run or watch:
-        raise typer.BadParameter("Give NAME@VERSION, or --all with --from BASE, --alias, --dry-run and --watch.")
+        with_all = {"--from": from_, "--alias": alias, "--dry-run": dry_run, "--watch": watch}
+        given = ", ".join(flag for flag, value in with_all.items() if value)
+        raise typer.BadParameter(
+            f"{given} goes with --all." if address else "Give NAME@VERSION, or --all with --from BASE."
+        )
     from flows.migrate_adapter import migrate_adapter
     from flows.migration_plan import plan_migration
     from registry import AdapterRegistry
@@ -88,7 +93,7 @@ def migrate(
     settings = connect_flows()  # what needs no server has come first
     told: dict[str, Any] = {
         "address": version.address,
-        "target": to,
+        "target": plan.target.name,
         "options": options,
         "seeds": shown,
         "suites": suites,

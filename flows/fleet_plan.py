@@ -3,8 +3,9 @@
 Four queries, whatever the number of adapters; no model and no artifact is opened.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,7 +27,7 @@ class FleetItem(BaseModel):
         obstacle: why it cannot; None where it can.
         kit: digest of its kit, where there is one; adapters with the same share the inputs that the target writes.
         discriminator: the kit's balanced accuracy.
-        inputs: that the target is to write.
+        inputs: that it will learn from.
         seconds: estimated; None where there is nothing to estimate from.
         migrated: where it stands on the target already, the version that it has become.
     """
@@ -74,7 +75,13 @@ class FleetPlan(BaseModel):
         return sum(known) * len(self.to_do) / len(known) if known else None
 
 
-def plan_fleet(source: str, target: str, options: FleetOptions = FleetOptions(), alias: str | None = None) -> FleetPlan:
+def plan_fleet(
+    source: str,
+    target: str,
+    options: FleetOptions = FleetOptions(),
+    alias: str | None = None,
+    own_suites: bool = True,
+) -> FleetPlan:
     """What a fleet migration will do.
 
     Args:
@@ -82,6 +89,7 @@ def plan_fleet(source: str, target: str, options: FleetOptions = FleetOptions(),
         target: the base model to move to; registered, as the source is.
         options: how each is moved.
         alias: only versions that this alias points at. Default: every adapter's aliases, or its newest version.
+        own_suites: each is measured on the suites of its own recipe.
 
     Raises:
         NotFound: no such base model or method.
@@ -99,7 +107,7 @@ def plan_fleet(source: str, target: str, options: FleetOptions = FleetOptions(),
     versions = _chosen(registry.search(base=old.name, state="ready"), alias)
     pace = _pace(before)
     items = [
-        _item(version, kits.get(version.address), become.get(version.address), options, old, new, pace)
+        _item(version, kits.get(version.address), become.get(version.address), options, old, new, pace, own_suites)
         for version in versions
     ]
     if pace is not None:
@@ -131,6 +139,7 @@ def _item(
     old: BaseModelRecord,
     new: BaseModelRecord,
     pace: float | None,
+    own_suites: bool,
 ) -> FleetItem:
     chosen = options.on(version.recipe)
     obstacle = None
@@ -138,6 +147,8 @@ def _item(
         obstacle = "imported without a recipe"
     elif kit is None:
         obstacle = "no migration kit"
+    elif own_suites and _measured_on_training_data(version.recipe):
+        obstacle = "its test items are part of its training data: --task, or --no-evaluate"
     rows = int(kit.details["rows"]) if kit else MOST_INPUTS
     inputs = chosen.inputs or min(rows, MOST_INPUTS)
     seconds = version.metrics.get("seconds")
@@ -156,6 +167,15 @@ def _item(
         inputs=inputs,
         seconds=seconds,
         migrated=migrated,
+    )
+
+
+def _measured_on_training_data(recipe: Mapping[str, Any]) -> bool:
+    """Whether a suite asks for items that are held out of the file or split that the adapter was trained on."""
+    data = recipe["data"]
+    suites = recipe.get("evaluation") or [{}]
+    return not data.get("task") and any(
+        not suite.get("task") and not data.get(suite.get("split", "test")) for suite in suites
     )
 
 

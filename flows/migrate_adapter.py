@@ -1,8 +1,9 @@
 """Regraft: move a version to another base model without the data it was trained on (Trans-LoRA, arXiv 2405.17258).
 
-The target base writes inputs like the kit's seeds; the kit's discriminator, on the source base, says which look real;
-the source base with the old adapter answers them; a fresh adapter on the target learns the answers. Old adapter,
-bare target and new adapter are then measured on real held-out items.
+The target base writes inputs like the kit's seeds; of those some are chosen that together look like the real ones, by
+the kit's discriminator, on the source base, and by their lengths; the source base with the old adapter answers them; a
+fresh adapter on the target learns the answers. Old adapter, bare target and new adapter are then measured on real
+held-out items.
 
 Nothing is read of the training data but the seeds that the kit kept.
 """
@@ -10,7 +11,7 @@ Nothing is read of the training data but the seeds that the kit kept.
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -257,9 +258,9 @@ def _label(plan: Plan, inputs: Sequence[str]) -> tuple[Labelled, Distilled | Non
             labels = soft_labels(
                 model,
                 form,
-                labelled.examples,
+                plan.learnt(labelled),
                 chosen.top_k,
-                kept_in=plan.workdir / "work" / "logits.safetensors",
+                kept_in=plan.workdir / "work" / f"logits-{fingerprint(plan.learnt(labelled))[:12]}.safetensors",
                 on_progress=Stage(f"migrate {plan.source.address}: logits of the old adapter"),
             )
             distilled = Distilled(Distillation(chosen.temperature, chosen.weight), labels)
@@ -276,7 +277,7 @@ def _label(plan: Plan, inputs: Sequence[str]) -> tuple[Labelled, Distilled | Non
 def _train_and_judge(
     plan: Plan, pool: Pool, labelled: Labelled, distilled: Distilled | None, began: float
 ) -> tuple[VersionRecord, list[Compared]]:
-    registry, settings = AdapterRegistry(), get_settings()
+    registry, settings, examples = AdapterRegistry(), get_settings(), plan.learnt(labelled)
     tags = {
         "regraft.base_model": plan.target.name,
         "regraft.base_identity": plan.target.identity_sha256,
@@ -299,7 +300,7 @@ def _train_and_judge(
             adapted, outcome = train_recipe(
                 plan.student,
                 target,
-                labelled.examples,
+                examples,
                 (),
                 workdir=plan.workdir / "work" / "training",
                 on_event=on_event,
@@ -339,8 +340,8 @@ def _train_and_judge(
                 metrics={**metrics, "seconds": outcome.seconds},
                 dataset=DatasetRecord(
                     f"synthetic for {plan.source.address}",
-                    fingerprint(labelled.examples),
-                    len(labelled.examples),
+                    fingerprint(examples),
+                    len(examples),
                     {"migrated_from": plan.source.address, "written_by": plan.target.name},
                 ),
                 parents=[Parent(plan.source.address, MIGRATED, _details(plan, pool, labelled, compared, began))],
@@ -362,8 +363,12 @@ def _bare(reference: str, recipe: Recipe) -> Iterator[LoadedBase]:
         shared_bases() as bases,
         bases.lend(reference, cache=settings.base_models, dtype=dtype, device=device, own=changed) as base,
     ):
-        if base.tokenizer is None or is_masked_lm(base.model):
-            raise InvalidInput(f"{reference} writes no text, which a migration needs of both base models.")
+        if base.tokenizer is None:
+            raise InvalidInput(f"{reference} has no tokenizer.", "Bring its tokenizer's files back beside its weights.")
+        if is_masked_lm(base.model):
+            raise InvalidInput(
+                f"{reference} is a masked language model: it writes no text.", "Name another base model."
+            )
         yield base
 
 
@@ -396,11 +401,12 @@ def _bare_results(plan: Plan, target: LoadedBase) -> list[EvaluationResult]:
     """The bare target's: the better of none and three solved examples in front."""
     results = []
     for suite in plan.suites:
-        shots = [(), plan.seeds[:SHOTS]] if suite.metric not in LOWER_IS_BETTER else [()]
-        found = [
-            run_suite(f"bare target: {suite.title}", target.model, target.tokenizer, replace(suite, shots=tuple(some)))
-            for some in shots
-        ]
+        asked = f"bare target: {suite.title}"
+        found = [run_suite(asked, target.model, target.tokenizer, replace(suite, shots=()))]
+        if suite.metric not in LOWER_IS_BETTER:
+            with suppress(InvalidInput):  # the target reads too little to be shown any
+                shown = replace(suite, shots=plan.seeds[:SHOTS])
+                found.append(run_suite(asked, target.model, target.tokenizer, shown))
         results.append(max(found, key=lambda result: result.value))
     return results
 
@@ -430,7 +436,7 @@ def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Comp
         "acceptance": pool.acceptance,
         "written": pool.written,
         "inputs": len(labelled.examples),
-        "synthetic_fingerprint": fingerprint(labelled.examples),
+        "synthetic_fingerprint": fingerprint(plan.learnt(labelled)),
         "options": plan.options.model_dump(mode="json", exclude_none=True),
         "seconds": time.monotonic() - began,
         "compared": [suite.model_dump(mode="json") for suite in compared],

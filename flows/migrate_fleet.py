@@ -21,11 +21,13 @@ from flows.fleet_report import fleet_page
 from flows.migrate_adapter import Compared, migrate_adapter
 from flows.migration_plan import MIGRATED
 from flows.progress import Stage, listening
+from flows.promote_adapter import Promotion, promote_adapter
 from flows.ray_cluster import one_worker_each, ray_runner
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from infra.errors import Interrupted, RegraftError
 from registry import AdapterRegistry
+from registry.attachments import MIGRATION_KIT
 from training.checkpoints import exclusive
 from training.evaluation.suite import Suite
 from training.migration.options import FleetOptions
@@ -98,12 +100,12 @@ def migrate_fleet(
         Interrupted: Ctrl-C or SIGTERM.
     """
     began = time.monotonic()
-    plan = plan_fleet(source, target, options, alias)
+    plan = plan_fleet(source, target, options, alias, own_suites=evaluate and not suites)
     workdir = fleet_directory(plan.source, plan.target)
     with exclusive(workdir):
         Board.begin(plan.source, plan.target, [item.address for item in plan.to_do])
         run = _here if (cluster := ray_runner()) is None else spread.with_options(task_runner=cluster)
-        problems = run(plan, options, suites, evaluate, promote_to)
+        problems = finish(plan, promote_to) | run(plan, options, suites, evaluate, promote_to)
         if not problems:
             shutil.rmtree(workdir / "pools", ignore_errors=True)
         adapters = outcome(plan, promote_to, problems)
@@ -203,8 +205,43 @@ def move(
                 logger.warning("%s could not be migrated: %s", item.address, problems[item.address])
                 board.done(item.address, "failed", problems[item.address])
             else:
-                board.done(item.address, "moved", migration.address)
+                if refused := _refused(migration.promotion):
+                    problems[item.address] = refused
+                board.done(item.address, "moved", refused or migration.address)
     return problems
+
+
+def finish(plan: FleetPlan, promote_to: str | None) -> dict[str, str]:
+    """What was left undone of adapters that have moved, by a process that was killed: their kits, their promotions.
+
+    Returns what went wrong, by address.
+    """
+    registry = AdapterRegistry()
+    kits = registry.attachments_on(plan.target, MIGRATION_KIT)
+    edges = {edge.parent: edge for edge in registry.edges_onto(plan.target, MIGRATED)}
+    problems: dict[str, str] = {}
+    for item in plan.items:
+        if item.migrated is None:
+            continue
+        try:
+            kept = None if item.migrated in kits else registry.attachment(item.address, MIGRATION_KIT)
+            if kept is not None:
+                registry.attach(item.migrated, MIGRATION_KIT, registry.materialise_attachment(kept), kept.details)
+            compared = edges[item.address].details.get("compared") or [{"passed": False}]
+            asked = promote_to in item.aliases and all(suite["passed"] for suite in compared)
+            if asked and (refused := _refused(promote_adapter(item.migrated, alias=str(promote_to)))):
+                problems[item.address] = refused
+        except RegraftError as error:
+            problems[item.address] = str(error)
+    return problems
+
+
+def _refused(promotion: Promotion | None) -> str | None:
+    """Why an alias did not move, where it was to."""
+    if promotion is None or promotion.moved:
+        return None
+    failed = ", ".join(f"{check.name} {check.measured}" for check in promotion.checks if not check.passed)
+    return f"{promotion.alias} was refused: {failed}"
 
 
 move_group = task(name="migrate adapters of one kit", cache_policy=NO_CACHE)(move)

@@ -10,7 +10,7 @@ from pathlib import Path
 from flows.base_models import find_base
 from flows.migration_kit import kit_of, words
 from flows.suites import Prepared, default_suites, prepare, title
-from infra.errors import InvalidInput
+from infra.errors import InvalidInput, RegraftError
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.addresses import adapter_name, alias_name
@@ -24,6 +24,7 @@ from training.evaluation.suite import Suite
 from training.migration.choosing import choose
 from training.migration.discriminator import better_than_chance
 from training.migration.kit import Kit
+from training.migration.labelling import Labelled
 from training.migration.options import MigrationOptions
 from training.migration.synthesis import Pool
 from training.objectives.distillation import require_distillable
@@ -100,6 +101,11 @@ class Plan:
             seed=self.options.seed,
         )
 
+    def learnt(self, labelled: Labelled) -> tuple[Example, ...]:
+        """What the new adapter is trained on: the old one's answers and, of preset regraft, the seeds as they are."""
+        seeds = () if self.options.preset == "paper" else tuple(seed for seed in self.seeds if seed.completion)
+        return (*labelled.examples, *seeds)
+
     @property
     def discriminator(self) -> float | None:
         """Balanced accuracy of the kit's discriminator, where it has one."""
@@ -157,10 +163,11 @@ def plan_migration(
         }
     )
     student.method_config("method")
+    _require_there(source.base.name, "the old adapter stands on it", "Bring it back.")
     if options.distillation.of == "logits":
         require_distillable(student.training)
     chosen = (suites or default_suites(recipe)) if evaluate else ()
-    return Plan(
+    plan = Plan(
         source=source,
         recipe=recipe,
         target=record,
@@ -179,6 +186,17 @@ def plan_migration(
         promote_to=promote_to,
         held_at=generation_of(joined, promote_to),
     )
+    if plan.filters and kit is not None:
+        first = registry.base_model(kit.base_identity).name
+        _require_there(first, "the kit's discriminator stands on it", "Bring it back, or do without: --no-filter")
+    return plan
+
+
+def _require_there(base: str, why: str, remedy: str) -> None:
+    try:
+        find_base(base)
+    except RegraftError as error:
+        raise InvalidInput(f"{base} is needed, since {why}, and cannot be had: {error.what}", remedy) from None
 
 
 def generation_of(adapter: str, alias: str | None) -> int | None:

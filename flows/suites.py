@@ -1,12 +1,13 @@
 """Suites as flows run them: which examples a version or a base model is shown."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infra.errors import InvalidInput
 from training.data.example import Example
 from training.data.sampling import sample
-from training.data.sources import load_splits
+from training.data.sources import load_held_out, load_splits
 from training.evaluation.suite import Metric, Suite
 from training.recipe import Recipe
 from training.tasks.catalog import CATALOG, get_task
@@ -82,9 +83,8 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepar
     elif recipe is None:
         raise InvalidInput(f"Suite '{title(suite, None)}' names no task, and there is no recipe.", "Give it a task.")
     else:
-        splits = load_splits(recipe.data, recipe.seed)
-        examples = tuple(sample(getattr(splits, suite.split), suite.samples, suite.seed))
-        shots = tuple(sample(splits.train, suite.shots, suite.seed))
+        among, shots = _examples(suite, recipe)
+        examples = tuple(sample(among, suite.samples, suite.seed))
         own = get_task(recipe.data.task) if recipe.data.task else None
         metric = suite.metric or ("perplexity" if masked else own.metric if own else "exact_match")
         instruction = recipe.data.instruction_text
@@ -94,3 +94,12 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepar
                 f"Add data.{suite.split} (a file) or data.sizes.{suite.split} to the recipe.",
             )
     return Prepared(title(suite, recipe), metric, examples, shots, instruction, suite.max_new_tokens)
+
+
+def _examples(suite: Suite, recipe: Recipe) -> tuple[Sequence[Example], tuple[Example, ...]]:
+    """What a suite's items are drawn from, and its solved examples; training data that may be gone are left alone."""
+    data = recipe.data
+    if data.task is None and suite.split == "test" and data.test is not None and not suite.shots:
+        return load_held_out(data, "test", recipe.seed), ()
+    splits = load_splits(data, recipe.seed)
+    return getattr(splits, suite.split), tuple(sample(splits.train, suite.shots, suite.seed))

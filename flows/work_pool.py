@@ -6,6 +6,7 @@ what the flow is to be told, so that Prefect's UI can show it and run it again.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ def deploy(
     description: str,
     tags: Sequence[str] = (),
     schedules: Sequence[CronSchedule | IntervalSchedule] = (),
+    **variables: str,
 ) -> UUID:
     """Create a deployment of the flow on the pool, or replace the one of that name.
 
@@ -43,6 +45,7 @@ def deploy(
         description: for Prefect's UI.
         tags: of the deployment.
         schedules: when it runs by itself.
+        variables: further job variables of the pool.
     """
     ensure_pool()
     deployment = RunnerDeployment.from_flow(
@@ -54,7 +57,7 @@ def deploy(
         tags=list(tags),
         work_pool_name=POOL,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        job_variables={"env": {"REGRAFT_HOME": str(settings.home)}},
+        job_variables={"env": {"REGRAFT_HOME": str(settings.home)}, **variables},
     )
     identity = deployment.apply()
     assert isinstance(identity, UUID)  # a coroutine only where an event loop runs
@@ -62,8 +65,12 @@ def deploy(
 
 
 def queue(flow: Flow[..., Any], name: str, parameters: Mapping[str, Any], settings: Settings) -> str:
-    """Leave one run of the flow to a worker; returns the flow run's name."""
-    deployment = deploy(flow, name, parameters, settings, description=f"Queued by {settings.actor}.")
+    """Leave one run of the flow to a worker; returns the flow run's name.
+
+    It runs in the folder that it was queued in, whose policies decide about promotions.
+    """
+    told, folder = f"Queued by {settings.actor}.", str(Path.cwd())
+    deployment = deploy(flow, name, parameters, settings, description=told, working_dir=folder)
     with prefect_client() as client:
         return client.create_flow_run_from_deployment(deployment).name
 

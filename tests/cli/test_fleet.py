@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from infra.errors import RegraftError
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
@@ -24,7 +25,8 @@ from training.migration import synthesis
 pytestmark = pytest.mark.services
 
 TO = ("--all", "--from", "fleet-old", "--to", "fleet-new")
-SHORT = ("--no-filter", "--inputs", "6", "--set", "synthesis.items=2", "--set", "training.steps=60")
+SHORT = ("--no-filter", "--inputs", "6", "--set", "surplus=1", "--set", "synthesis.items=2")
+SHORT += ("--set", "training.steps=60")
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +79,17 @@ def copy(address: str, name: str, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def fleet(first: str, data: Path) -> dict[str, str]:
-    """Four more adapters: one in use, one whose test items are gone, one without a kit, one from elsewhere."""
+    """Five more adapters: one in use, one whose test items are gone, one without a kit, one from elsewhere, and one
+    that was tested on a part of what it was trained on."""
     registry = AdapterRegistry()
     gone = {**registry.get(first).recipe["data"], "test": str(data / "gone.jsonl")}
+    shared = {**registry.get(first).recipe["data"], "test": None}
     made = {
         "used": copy(first, "fleet-b"),
         "fails": copy(first, "fleet-c", recipe={"data": gone}),
         "bare": copy(first, "fleet-d", kit=False),
         "foreign": copy(first, "fleet-e", recipe={"data": None}, kit=False),
+        "shared": copy(first, "fleet-f", recipe={"data": shared}),
     }
     registry.set_alias(made["used"], "challenger", actor="ada")
     return made
@@ -100,10 +105,11 @@ def test_a_plan_says_who_moves_in_what_order_and_who_cannot(first: str, fleet: d
         fleet["fails"]: None,
         fleet["bare"]: "no migration kit",
         fleet["foreign"]: "imported without a recipe",
+        fleet["shared"]: "its test items are part of its training data: --task, or --no-evaluate",
     }
     assert {item["inputs"] for item in plan["items"]} == {6}
     told = " ".join(clean(run_here("migrate", *TO, *SHORT, "--dry-run")).split())
-    assert "3 of 5 move from fleet-old to fleet-new, 2 cannot" in told and "trainings" in told
+    assert "3 of 6 move from fleet-old to fleet-new, 3 cannot" in told and "trainings" in told
     assert not list(get_settings().runs.glob("fleet-old-*"))
     only = json.loads(clean(run_here("migrate", *TO, "--alias", "challenger", "--dry-run", "--json")))
     assert [item["address"] for item in only["items"]] == [fleet["used"]]
@@ -120,6 +126,8 @@ def test_what_cannot_be_meant_is_refused(first: str) -> None:
         ((*TO, "--method", "lorra", "--dry-run"), 3, "Did you mean 'lora'?"),
         ((*TO, "--watch"), 3, "No migration of all adapters from fleet-old to fleet-new was begun here"),
         ((*TO, "--set", "training.stesp=3", "--dry-run"), 2, "stesp is not an option"),
+        ((*TO, "--promote", "best", "--no-evaluate", "--dry-run"), 2, "versions that are not measured"),
+        ((first, "--to", "fleet-new", "--dry-run"), 2, "--dry-run goes with --all"),
     ):
         result = run_here("migrate", *arguments)
         shown = " ".join(result.err.replace("│", " ").split())
@@ -173,7 +181,41 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
     ).replace("https://matplotlib.org", "")
     assert registry.fsck() == []
     plan = " ".join(clean(run_here("migrate", *TO, "--dry-run")).split())
-    assert "0 of 5 move" in plan and "3 are there already" in plan
+    assert "0 of 6 move" in plan and "3 are there already" in plan
+
+
+def test_what_a_killed_process_left_undone_is_made_good(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = AdapterRegistry()
+    old = copy(first, "cut")
+    registry.set_alias(old, "staging", actor="ada")
+    options = ("migrate", *TO, "--alias", "staging", *SHORT, "--set", "allowed_loss=1", "--json")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise RegraftError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterRegistry, "attach", killed)  # the last thing, after the version is registered
+        (moved,) = json.loads(run_here(*options).out)["adapters"]
+    assert moved["problem"] == "killed" and registry.attachment(moved["migrated"], MIGRATION_KIT) is None
+    (done,) = json.loads(clean(run_here(*options, "--promote", "staging")))["adapters"]
+    assert done["migrated"] == moved["migrated"] and done["decision"] == "promoted"
+    kits = [registry.attachment(address, MIGRATION_KIT) for address in (old, moved["migrated"])]
+    assert kits[0] and kits[1] and kits[0].artifact_sha256 == kits[1].artifact_sha256
+    holder = registry.alias("cut", "staging")
+    assert holder and holder.address == moved["migrated"]
+
+
+def test_a_promotion_that_its_policy_refuses_is_told(first: str) -> None:
+    registry = AdapterRegistry()
+    registry.set_alias(copy(first, "strict"), "strict", actor="ada")
+    policy = get_settings().home / "policies" / "strict.yaml"
+    policy.parent.mkdir(exist_ok=True)
+    policy.write_text("suites: [{suite: strict/test, minimum: 1.01}]\n")
+    options = ("--alias", "strict", *SHORT, "--set", "allowed_loss=1", "--promote", "strict", "--json")
+    told = run_here("migrate", *TO, *options)
+    (adapter,) = json.loads(told.out)["adapters"]
+    assert (told.code, adapter["decision"]) == (7, "as good")
+    assert "strict was refused: strict/test" in adapter["problem"]
 
 
 @pytest.mark.slow
@@ -224,7 +266,7 @@ def test_fifty_move_and_a_kill_in_the_middle_loses_nothing(first: str) -> None:
     names = [f"fifty-{number:02d}" for number in range(50)]
     for name in names:
         copy(first, name)
-    options = ("migrate", *TO, "--no-filter", "--inputs", "4", "--set", "synthesis.items=2")
+    options = ("migrate", *TO, "--no-filter", "--inputs", "4", "--set", "surplus=1", "--set", "synthesis.items=2")
     options += ("--set", "training.steps=5", "--no-evaluate")
     process = started(*options, REGRAFT_HOME=str(get_settings().home))
     while sum(len(registry.versions(name)) > 1 for name in names) < 10:

@@ -17,13 +17,14 @@ from tests.cli.conftest import WriteRecipe, run_here
 from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
 from tests.tiny_models import save_tiny_gemma, save_tiny_llama, save_tiny_masked
-from training.migration.labelling import label
+from training.data.example import Example
+from training.migration.labelling import Labelled, label
 from training.migration.options import MigrationOptions
 from training.migration.synthesis import Pool
 
 pytestmark = pytest.mark.services
 
-SHORT = ("--inputs", "10", "--set", "synthesis.items=2", "--set", "training.steps=100", "--json")
+SHORT = ("--inputs", "10", "--set", "surplus=1", "--set", "synthesis.items=2", "--set", "training.steps=100", "--json")
 
 LEARNT = {"steps": 150, "batch_size": 8, "learning_rate": 0.01}  # to say yes or no, whatever is asked
 
@@ -96,10 +97,10 @@ def test_the_new_version_stands_on_the_new_base_and_says_where_it_came_from(
     assert edge.details["inputs"] == migrated["inputs"] <= 10
     assert edge.details["synthetic_fingerprint"] == version.dataset.fingerprint
     assert version.dataset.name == f"synthetic for {source}"
+    assert version.dataset.rows == migrated["inputs"] + 5, "with the seeds"
     assert version.recipe["migrated_from"] == source
     (suite,) = migrated["compared"]
     assert suite["samples"] == 20
-    assert migrated["written"] >= 3 * migrated["inputs"], "some to choose from"
     assert migrated["passed"] is suite["passed"]
     assert {e.suite for e in registry.evaluations(version.address)} == {suite["suite"]}
     assert {e.suite for e in registry.evaluations(source)} == {suite["suite"]}
@@ -114,15 +115,31 @@ def test_more_is_written_than_is_learnt_from_unless_the_papers_recipe_is_asked_f
     plan = planned()
     assert plan.written == 30
     assert plan.kit is not None
-    shares = range(plan.kit.lengths[0], plan.kit.longest + 1)
-    written = tuple("x" * length + letter for length in shares for letter in "abcdef")
+    written = tuple("x" * length + letter for length in range(plan.kit.longest) for letter in "abcdefghij")
     chosen = plan.chosen(Pool(written, (), ()))
     assert len(set(chosen)) == 10 and set(chosen) < set(written)
     assert tuple(chosen) != written[:10], "they have the real inputs' lengths"
     assert planned(surplus=1).written == 10
+    answered = Labelled((Example("is 7 even", "no"),), 0, 0)
+    assert plan.learnt(answered) == (*answered.examples, *plan.seeds)
     paper = planned(preset="paper")
+    assert paper.learnt(answered) == answered.examples
     assert paper.written == 10
     assert paper.chosen(Pool(written[:10], (), ())) == written[:10]
+
+
+def test_an_alias_moves_with_it_though_the_training_data_are_gone(migrated: dict[str, Any], data: Path) -> None:
+    hidden = data / "train.jsonl"
+    rows = hidden.read_text()
+    hidden.unlink()
+    options = ("--as", "evens-promoted", "--set", "allowed_loss=1", "--promote", "production")
+    try:
+        moved = json.loads(clean(run_here("migrate", migrated["source"], "--to", "migrate-new", *SHORT, *options)))
+    finally:
+        hidden.write_text(rows)
+    assert moved["promotion"]["moved"]
+    holder = AdapterRegistry().alias("evens-promoted", "production")
+    assert holder and holder.address == moved["address"]
 
 
 def test_the_kit_travels_with_it_and_the_chain_goes_on(migrated: dict[str, Any], source: str) -> None:

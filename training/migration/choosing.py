@@ -1,6 +1,6 @@
 """Few out of many: seeds that stand for all examples, and candidates that look like the real inputs."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -81,8 +81,10 @@ def as_long(lengths: Sequence[int], order: Sequence[int], bounds: Sequence[int],
     quota = [wanted * (share + 1) // BINS - wanted * share // BINS for share in range(BINS)]
     taken = []
     for place in order:
-        share = bisect_left(bounds, lengths[place])
-        if quota[share]:
+        fits = range(
+            bisect_left(bounds, lengths[place]), bisect_right(bounds, lengths[place]) + 1
+        )  # several where tied
+        if (share := next((share for share in fits if quota[share]), None)) is not None:
             quota[share] -= 1
             taken.append(place)
     others = set(taken)

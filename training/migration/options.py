@@ -64,8 +64,8 @@ class MigrationOptions(Section):
     )
     preset: Literal["regraft", "paper"] = Field(
         "regraft",
-        description="How inputs are chosen. regraft: more are written than wanted, and drawn as the real ones are "
-        "distributed; paper: the first ones that the discriminator takes for real.",
+        description="What is learnt from. regraft: more inputs are written than wanted, those drawn that together look "
+        "like the real ones, and the seeds learnt, too; paper: the first ones that the discriminator takes for real.",
     )
     surplus: float = Field(
         3.0, ge=1, description="Inputs written for each that is chosen, where there is anything to choose by."

@@ -1,4 +1,4 @@
-"""Synthetic inputs: lists that a model goes on with, screened, and filtered by a discriminator, until there are enough.
+"""Synthetic inputs: lists that a model goes on with, screened, and judged by a discriminator, until there are enough.
 
 Rounds follow each other; each shows the seeds in an order of its own and is drawn from a seed of its own, so that a
 stopped synthesis goes on to the same inputs. What a round brought is one line of a file.
@@ -28,6 +28,7 @@ Margins = Callable[[Sequence[str]], Sequence[float]]
 
 SURPLUS = 1.5  # times the inputs that are lacking are asked for, since some are dropped
 ASTRAY = 2  # times the longest real input, from which on nothing more is expected of a list
+CUT_OFF = 10  # lists that may end unfinished for each input that may be written
 PATIENCE = 2  # times the inputs that are wanted, after which as few as will do must do
 SPARE = 1.5  # room for an item that is longer than the seeds
 
@@ -125,7 +126,8 @@ def synthesise(
 
     Raises:
         InvalidInput: no seeds, or seeds too long for the model's context.
-        RegraftError: after `most_tries` × `least` written inputs there are still too few.
+        RegraftError: after `most_tries` × `least` written inputs, or `CUT_OFF` times as many lists that were cut off,
+            there are still too few.
     """
     if not seeds:
         raise InvalidInput("Without a seed example there is nothing to write more of.", "Give at least one.")
@@ -139,10 +141,12 @@ def synthesise(
     while (kept := sum(len(made.kept) for made in rounds)) < wanted:
         if on_progress:
             on_progress(kept, wanted)
-        written = sum(made.written for made in rounds)
-        if kept >= least and written >= PATIENCE * wanted:
+        written, most = sum(made.written for made in rounds), options.most_tries * least
+        cut_off = sum(made.unfinished for made in rounds)
+        exhausted = written >= most or cut_off >= CUT_OFF * most or _hopeless(rounds)
+        if kept >= least and (exhausted or written >= PATIENCE * wanted):
             break
-        if written >= options.most_tries * least or _hopeless(rounds):
+        if exhausted:
             raise _too_few(Pool((), (), tuple(rounds)), kept, least)
         rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
         made = _round(model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing)

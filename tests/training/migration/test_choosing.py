@@ -52,6 +52,13 @@ def test_each_share_of_lengths_is_filled_and_what_lacks_comes_in_order() -> None
     assert sorted(as_long(lengths, order, bounds, 100)) == sorted(order), "all there are"
 
 
+def test_a_length_that_many_real_inputs_have_fills_all_their_shares() -> None:
+    bounds = deciles([9] * 60 + [11] * 60)
+    lengths = [3, 5, 7, 9, 11] * 60
+    counts = Counter(lengths[place] for place in as_long(lengths, range(300), bounds, 100))
+    assert counts[11] == 50 and counts[9] >= 40
+
+
 def test_what_is_chosen_has_the_real_lengths_and_the_real_look() -> None:
     rng = random.Random(0)
     inputs = list({rng.choice("ab") + "x" * rng.randint(1, 60) + str(number) for number in range(3000)})
@@ -60,7 +67,7 @@ def test_what_is_chosen_has_the_real_lengths_and_the_real_look() -> None:
     both = choose(inputs, margins, 100, temperature=1.0, bounds=bounds, seed=0)
     assert len(set(both)) == 100
     shares = Counter(min(9, sum(len(text) > bound for bound in bounds)) for text in both)
-    assert set(shares.values()) == {10}
+    assert min(shares.values()) >= 5 and len(shares) == 10, "a length on a bound may fill the share on either side"
     assert sum(text[0] == "a" for text in both) > 90
     looks = choose(inputs, margins, 100, temperature=1.0, bounds=(), seed=0)
     assert sum(text[0] == "a" for text in looks) > 90

@@ -117,8 +117,25 @@ def test_where_the_model_repeats_itself_fewer_will_do(monkeypatch: pytest.Monkey
     pool = run(24, least=6)
     assert 6 <= len(pool.inputs) <= 12
     assert synthesis.PATIENCE * 24 <= pool.written < synthesis.PATIENCE * 24 + 3 * OPTIONS.rows
+    assert len(run(24, least=6, most_tries=2).inputs) >= 6, "enough, before patience is at its end"
     with pytest.raises(RegraftError, match="13 are wanted"):
         run(24, least=13, most_tries=8)
+
+
+def test_a_model_that_hardly_ever_finishes_an_input_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def write(*_: Any, **__: Any) -> list[Sampled]:
+        calls.append(1)
+        text = " apple pie\n5. pe" if len(calls) == 1 else " pe"
+        return [Sampled(tuple(tiny_tokenizer()(text)["input_ids"]), False)] * 3
+
+    monkeypatch.setattr(synthesis, "sampled", write)
+    with pytest.raises(RegraftError, match="1 were kept; 5 are wanted"):
+        run(5, most_tries=2)
+    assert len(calls) == 34  # 10 × 2 × 5 cut-off lists, three a round
+    del calls[:]
+    assert len(run(5, least=1, most_tries=2).inputs) == 1, "with as few as will do it goes on"
 
 
 def test_a_list_that_can_bring_no_more_items_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
