@@ -233,9 +233,7 @@ SPREAD: dict[str, Variant] = {
 VARIANTS = BY_CHANCE.keys() | SPREAD.keys()
 
 
-def measure(
-    place: int, seed: int, directory: Path, names: Set[str] = VARIANTS, students: int = STUDENTS
-) -> dict[str, Any]:
+def measure(place: int, seed: int, directory: Path, names: Set[str] = VARIANTS) -> dict[str, Any]:
     """Accuracies of teacher, bare target and every variant's students, and how the inputs came about."""
     torch.set_num_threads(1)
     task = PLANTED[place]
@@ -260,7 +258,7 @@ def measure(
                     found[f"{name}: right labels"] = mean(
                         task.answer(each.prompt) == each.completion for each in learnt
                     )
-                found[name] = students_of(learnt, target, test, seed, students)
+                found[name] = students_of(learnt, target, test, seed)
         found["bare"] = max(accuracy(target.model, target.tokenizer, test, shots) for shots in ((), scene.seeds[:3]))
     return found
 
@@ -280,8 +278,8 @@ def measure_logits(place: int, seed: int, directory: Path) -> dict[str, Any]:
         learnt = with_seeds(scene)
         labels = soft_labels(teacher, PromptFormat(source.tokenizer), learnt, options.top_k)  # type: ignore[arg-type]
     distilled = Distilled(Distillation(options.temperature, options.weight), labels)
-    found["answers"] = students_of(learnt, target, test, seed, STUDENTS)
-    found["logits"] = students_of(learnt, target, test, seed, STUDENTS, distilled)
+    found["answers"] = students_of(learnt, target, test, seed)
+    found["logits"] = students_of(learnt, target, test, seed, distilled)
     return found
 
 
@@ -290,12 +288,11 @@ def students_of(
     target: LoadedBase,
     test: Sequence[Example],
     seed: int,
-    students: int,
     distilled: Distilled | None = None,
 ) -> float:
     """Mean accuracy of students that differ in their seeds."""
     accuracies = []
-    for student in range(students):
+    for student in range(STUDENTS):
         with borrowed(target.model):
             model = trained(target, learnt, 1000 * student + seed, distilled=distilled)
             accuracies.append(accuracy(model, target.tokenizer, test))
