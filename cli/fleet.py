@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from cli.console import console, measured, percent, print_json, show, table
+from cli.queueing import leave
 
 if TYPE_CHECKING:
     from flows.fleet_plan import FleetPlan
@@ -63,10 +64,7 @@ def migrate_all(
         "promote_to": promote,
     }
     if queue:
-        from cli.migrate import tell_queued
-        from flows.work_pool import queue as leave
-
-        tell_queued(leave(migrate_fleet, f"{plan.source} to {plan.target}", told, settings), as_json)
+        leave(migrate_fleet, f"{plan.source} to {plan.target}", told, settings, as_json=as_json)
         return
     with live_progress():
         fleet = migrate_fleet(**told)

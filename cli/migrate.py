@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from cli.console import Json, console, facts, measured, print_json, show
+from cli.queueing import leave
 
 if TYPE_CHECKING:
     from flows.migrate_adapter import Link, Migration
@@ -102,9 +103,7 @@ def migrate(
         "promote_to": promote,
     }
     if queue:
-        from flows.work_pool import queue as leave
-
-        tell_queued(leave(migrate_adapter, f"{version.address} to {plan.target.name}", told, settings), as_json)
+        leave(migrate_adapter, f"{version.address} to {plan.target.name}", told, settings, as_json=as_json)
         return
     with live_progress():
         migration = migrate_adapter(**told)
@@ -114,14 +113,6 @@ def migrate(
         _tell(migration)
     if migration.passed is False or (migration.promotion and not migration.promotion.moved):
         raise typer.Exit(7)
-
-
-def tell_queued(flow_run: str, as_json: bool) -> None:
-    """Say that a worker has something to do."""
-    if as_json:
-        print_json({"flow_run": flow_run})
-    else:
-        console.print(f"Queued as flow run [bold]{flow_run}[/]. [dim]A worker runs it: regraft worker[/]")
 
 
 def _tell(migration: "Migration") -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import Json, ago, console, print_json, show
+from cli.queueing import tell_queued
 
 if TYPE_CHECKING:
     from flows.schedules import Schedule
@@ -118,7 +119,7 @@ def run_now(adapter: str) -> None:
     connect_flows()
     from flows.schedules import run_now as queue_run
 
-    console.print(f"Queued as flow run [bold]{queue_run(adapter)}[/]. [dim]A worker runs it: regraft worker[/]")
+    tell_queued(queue_run(adapter))
 
 
 @app.command("remove")

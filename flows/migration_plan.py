@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flows.base_models import find_base
 from flows.migration_kit import kit_of, words
-from flows.suites import Prepared, default_suites, prepare, title
+from flows.suites import Prepared, default_suites, prepare
 from infra.errors import InvalidInput, RegraftError
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -18,8 +18,6 @@ from registry.records import AttachmentRecord, BaseModelRecord, VersionRecord
 from serving.loading import recipe_of
 from training.base_models import BaseFolder
 from training.data.example import Example
-from training.data.sampling import sample
-from training.data.sources import load_held_out
 from training.evaluation.suite import Suite
 from training.migration.choosing import choose
 from training.migration.discriminator import better_than_chance
@@ -209,17 +207,7 @@ def generation_of(adapter: str, alias: str | None) -> int | None:
 def _held_out(suite: Suite, recipe: Recipe) -> Prepared:
     """A suite's items; of the recipe's own data no more is read than the test part."""
     suite = suite.model_copy(update={"shots": 0})  # solved examples come from the seeds, where any are wanted
-    if suite.task is not None or recipe.data.task is not None:
-        return prepare(suite, recipe)
-    examples = load_held_out(recipe.data, suite.split, recipe.seed)
-    return Prepared(
-        title(suite, recipe),
-        suite.metric or "exact_match",
-        tuple(sample(examples, suite.samples, suite.seed)),
-        (),
-        recipe.data.instruction_text,
-        suite.max_new_tokens,
-    )
+    return prepare(suite, recipe, held_out=True)
 
 
 def _without_validation(training: TrainingOptions) -> TrainingOptions:

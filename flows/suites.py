@@ -63,13 +63,14 @@ def suite_named(name: str, recipe: Recipe | None) -> Suite:
     )
 
 
-def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepared:
+def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False, held_out: bool = False) -> Prepared:
     """Draw a suite's examples.
 
     Args:
         suite: what is measured.
         recipe: of the version that is measured; its data are meant where the suite names no task.
         masked: a masked language model is measured: by perplexity, where nothing is said.
+        held_out: of the recipe's own data no more may be read than the split; no solved examples are shown then.
 
     Raises:
         InvalidInput: the suite names no task and there is no recipe whose data it could mean, or the data have no
@@ -83,7 +84,7 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepar
     elif recipe is None:
         raise InvalidInput(f"Suite '{title(suite, None)}' names no task, and there is no recipe.", "Give it a task.")
     else:
-        among, shots = _examples(suite, recipe)
+        among, shots = _examples(suite, recipe, held_out)
         examples = tuple(sample(among, suite.samples, suite.seed))
         own = get_task(recipe.data.task) if recipe.data.task else None
         metric = suite.metric or ("perplexity" if masked else own.metric if own else "exact_match")
@@ -96,10 +97,10 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False) -> Prepar
     return Prepared(title(suite, recipe), metric, examples, shots, instruction, suite.max_new_tokens)
 
 
-def _examples(suite: Suite, recipe: Recipe) -> tuple[Sequence[Example], tuple[Example, ...]]:
+def _examples(suite: Suite, recipe: Recipe, held_out: bool) -> tuple[Sequence[Example], tuple[Example, ...]]:
     """What a suite's items are drawn from, and its solved examples; training data that may be gone are left alone."""
     data = recipe.data
-    if data.task is None and suite.split == "test" and data.test is not None and not suite.shots:
-        return load_held_out(data, "test", recipe.seed), ()
+    if held_out or (data.task is None and suite.split == "test" and data.test is not None and not suite.shots):
+        return load_held_out(data, suite.split, recipe.seed), ()
     splits = load_splits(data, recipe.seed)
     return getattr(splits, suite.split), tuple(sample(splits.train, suite.shots, suite.seed))

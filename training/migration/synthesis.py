@@ -176,7 +176,6 @@ def _round(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
     prompt, shown, items, room = fitting(model, tokenizer, name, shown, options.items)
-
     astray = inf if screen.longest is None else ASTRAY * screen.longest + len(f"\n{len(shown) + items + 1}.")
 
     def enough(written: list[int]) -> bool:
