@@ -327,7 +327,7 @@ def _train_and_judge(
                 recipe=plan.student.as_stored(),
                 metrics=metrics,
             )
-            version = registry.register_version(
+            version = _registered(plan.student.adapter, run.id) or registry.register_version(
                 plan.student.adapter,
                 directory,
                 base_identity=plan.target.identity_sha256,
@@ -348,9 +348,17 @@ def _train_and_judge(
             )
     for suite, result in zip(plan.suites, student, strict=True):
         record_result(registry, version.address, suite.title, result)
-    if plan.kit_directory is not None and plan.kit_record is not None:
+    has_kit = registry.attachment(version.address, MIGRATION_KIT) is not None
+    if plan.kit_directory is not None and plan.kit_record is not None and not has_kit:
         registry.attach(version.address, MIGRATION_KIT, plan.kit_directory, plan.kit_record.details)
     return version, compared
+
+
+def _registered(adapter: str, run_id: str) -> VersionRecord | None:
+    """The version that a run of MLflow's made before its process was killed."""
+    registry = AdapterRegistry()
+    versions = registry.versions(adapter) if registry.has_adapter(adapter) else []
+    return next((each for each in versions if each.mlflow_run_id == run_id and each.state == "ready"), None)
 
 
 @contextmanager

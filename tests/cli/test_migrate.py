@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from flows.evaluate_adapter import record_result
 from flows.migration_plan import Plan, plan_migration
 from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry import AdapterRegistry
+from registry.attachments import MIGRATION_KIT
 from tests.cli.conftest import WriteRecipe, run_here
 from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
@@ -249,6 +251,29 @@ def test_a_migration_that_was_stopped_goes_on(
     before = {version.address for version in AdapterRegistry().versions("evens")}
     moved = json.loads(clean(run_here("migrate", source, *options)))
     assert moved["address"] not in before and not kept.exists()
+
+
+def test_one_that_was_killed_when_its_version_stood_makes_no_second_one(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--to", "migrate-new", "--set", "seed=6", *SHORT)
+
+    def killed(registry: AdapterRegistry, address: str, *results: Any) -> None:
+        if address != source:
+            raise Interrupted("Killed.", "Run it again.")
+        record_result(registry, address, *results)
+
+    before = {version.address for version in AdapterRegistry().versions("evens")}
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.migrate_adapter.record_result", killed)
+        assert run_here("migrate", source, *options).code == 130
+    (left,) = {version.address for version in AdapterRegistry().versions("evens")} - before
+    assert AdapterRegistry().attachment(left, MIGRATION_KIT) is None
+    moved = run_here("migrate", source, *options)
+    assert moved.code in (0, 7), "so short a training makes a poor adapter"
+    assert json.loads(moved.out)["address"] == left
+    assert AdapterRegistry().attachment(left, MIGRATION_KIT) is not None
+    assert len(AdapterRegistry().evaluations(left)) == 1
 
 
 def label_nothing_new(*arguments: Any, **options: Any) -> Any:
