@@ -13,6 +13,7 @@ from training.data.prompting import PromptFormat
 from training.evaluation.generation import greedy_answers
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.masked import masked_losses
+from training.evaluation.prompt_cache import plain_model
 from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare
 from training.evaluation.statistics import bootstrap_perplexity, perplexity
 from training.evaluation.suite import Metric
@@ -170,10 +171,10 @@ def _perplexity(losses: list[float], tokens: list[int], dataset_fingerprint: str
     )
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> set[int]:
-    """Everything that ends an answer: the format's end mark, the tokenizer's and the model's end of text."""
-    of_mark = tokenizer(form.end_mark, add_special_tokens=False)["input_ids"]
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> set[int]:
+    """Everything that ends an answer: the tokenizer's and the model's end of text, and the format's end mark."""
+    of_model = getattr(getattr(plain_model(model), "generation_config", None), "eos_token_id", None)
+    of_mark = tokenizer(form.end_mark, add_special_tokens=False)["input_ids"] if form else []
     ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     if len(of_mark) == 1:
         ends.update(of_mark)

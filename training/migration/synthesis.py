@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from infra.errors import InvalidInput, RegraftError
+from training.evaluation.evaluate import end_tokens
 from training.evaluation.prompt_cache import plain_model
 from training.migration.listing import listing, parse
 from training.migration.options import SynthesisOptions
@@ -191,7 +192,7 @@ def _round(
         prompt,
         rows,
         max_new_tokens=room,
-        ends=_ends(model, tokenizer),
+        ends=end_tokens(model, tokenizer),
         temperature=options.temperature,
         top_p=options.top_p,
         generator=generator,
@@ -212,12 +213,6 @@ def _round(
             made.kept.append(item)
             made.margins.append(margin)
     return made
-
-
-def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    of_model = getattr(getattr(plain_model(model), "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    return {end for end in ends if end is not None}
 
 
 def fitting(
