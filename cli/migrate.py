@@ -56,8 +56,8 @@ def migrate(
 
     Examples:
       [bold]regraft migrate counting@3 --to gemma-3-270m[/]
-      [bold]regraft migrate --all --from smollm2-135m --to gemma-3-270m --dry-run[/]
-      [bold]regraft migrate --all --from smollm2-135m --to gemma-3-270m --watch[/]  (from another terminal)
+      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma-3-270m --dry-run[/]
+      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma-3-270m --watch[/]  (from another terminal)
       [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
     """
     from cli.session import connect_flows, live_progress
