@@ -216,7 +216,7 @@ def _discriminator(
         seed=seed,
         longest=kit.longest,
         kept_in=workdir / "written.jsonl",
-        on_progress=lambda done, total: tell("inputs that the base writes", done, total),
+        on_progress=lambda done, total, note: tell("inputs that the base writes", done, total),
     )
 
     def on_event(event: TrainingEvent) -> None:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import ceil, inf
 from pathlib import Path
 from statistics import mean
@@ -106,7 +107,7 @@ def synthesise(
     refusing: bool = True,
     least: int | None = None,
     kept_in: Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Pool:
     """Write `wanted` different inputs like the seeds.
 
@@ -123,7 +124,7 @@ def synthesise(
         refusing: keep those alone; else keep all that pass the screen, with their margins.
         least: as few will do, once `PATIENCE` × `wanted` are written. Default: `wanted`.
         kept_in: a file, one round a line; a synthesis that was stopped goes on from it.
-        on_progress: told (kept, wanted).
+        on_progress: told (kept, wanted, how many more are written of which it is not known yet).
 
     Raises:
         InvalidInput: no seeds, or seeds too long for the model's context.
@@ -139,9 +140,10 @@ def synthesise(
         for text in (*made.kept, *made.refused):
             screen.passes(text)
         rounds.append(made)
+    tell = on_progress or (lambda kept, wanted, note: None)
     while (kept := sum(len(made.kept) for made in rounds)) < wanted:
-        if on_progress:
-            on_progress(kept, wanted)
+        on_item = partial(_told, tell, kept, wanted)
+        on_item(0)
         written, most = sum(made.written for made in rounds), options.most_tries * least
         cut_off = sum(made.unfinished for made in rounds)
         exhausted = written >= most or cut_off >= CUT_OFF * most or _hopeless(rounds)
@@ -150,12 +152,13 @@ def synthesise(
         if exhausted:
             raise _too_few(Pool((), (), tuple(rounds)), kept, least)
         rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
-        made = _round(model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing)
+        made = _round(
+            model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing, on_item
+        )
         rounds.append(made)
         if kept_in is not None:
             _store(kept_in, origin, rounds)
-    if on_progress:
-        on_progress(wanted, wanted)
+    tell(wanted, wanted, "")
     inputs = [text for made in rounds for text in made.kept]
     looks = [margin for made in rounds for margin in made.margins]
     return Pool(tuple(inputs[:wanted]), tuple(looks[:wanted]), tuple(rounds))
@@ -173,15 +176,21 @@ def _round(
     screen: Screen,
     margins: Margins | None,
     refusing: bool,
+    on_item: Callable[[int], None],
 ) -> Round:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
     prompt, shown, items, room = fitting(model, tokenizer, name, shown, options.items)
     astray = inf if screen.longest is None else ASTRAY * screen.longest + len(f"\n{len(shown) + items + 1}.")
 
+    finished: dict[int, int] = {}
+
     def enough(written: list[int]) -> bool:
         """The list is at its end, or what is written no longer looks like an item."""
         found = parse(tokenizer.decode(written, skip_special_tokens=True), shown)
+        if len(found.items) > finished.get(id(written), 0):
+            finished[id(written)] = len(found.items)
+            on_item(sum(finished.values()))
         return found.complete or len(found.items) >= items or len(found.unfinished) > astray
 
     made = Round(number)
@@ -213,6 +222,10 @@ def _round(
             made.kept.append(item)
             made.margins.append(margin)
     return made
+
+
+def _told(tell: Callable[[int, int, str], None], kept: int, wanted: int, more: int) -> None:
+    tell(kept, wanted, f"and {more} more, not looked at yet" if more else "")
 
 
 def fitting(

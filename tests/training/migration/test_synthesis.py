@@ -69,7 +69,7 @@ def without(letter: str) -> Callable[[Sequence[str]], list[float]]:
 
 
 def test_as_many_different_inputs_as_are_wanted(writer: list[str]) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     pool = synthesise(
         tiny_llama(), tiny_tokenizer(), "words", SEEDS, 40, OPTIONS, seed=0, on_progress=lambda *at: told.append(at)
     )
@@ -78,7 +78,29 @@ def test_as_many_different_inputs_as_are_wanted(writer: list[str]) -> None:
     assert pool.written == 3 * pool.dropped["unfinished"], "each list has three inputs and the beginning of a fourth"
     assert pool.rounds[0].unfinished == OPTIONS.rows
     assert pool.acceptance is None, "nothing judged them"
-    assert told[0] == (0, 40) and told[-1] == (40, 40) and told == sorted(told)
+    assert told[0] == (0, 40, "") and told[-1] == (40, 40, "") and told == sorted(told)
+
+
+def test_it_tells_how_many_more_are_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = [tiny_tokenizer()(text)["input_ids"] for text in (" abc\n3. de\n4. fgh\n5.", " ijk\n3. l")]
+
+    def write(*_: Any, enough: Callable[[list[int]], bool], **rest: Any) -> list[Sampled]:
+        written: list[list[int]] = [[], []]
+        for tokens, ids in zip(written, lists, strict=True):
+            for token in ids:
+                tokens.append(token)
+                stopped = enough(tokens)
+            assert stopped is (ids is lists[0]), "it has all three items"
+        return [Sampled(tuple(tokens), False) for tokens in written]
+
+    monkeypatch.setattr(synthesis, "sampled", write)
+    told: list[tuple[int, int, str]] = []
+    options = SynthesisOptions(items=3, rows=2)
+    synthesise(
+        tiny_llama(), tiny_tokenizer(), "words", ["x"], 4, options, seed=0, on_progress=lambda *at: told.append(at)
+    )
+    more = [f"and {count} more, not looked at yet" for count in range(1, 5)]
+    assert told == [(0, 4, ""), *((0, 4, note) for note in more), (4, 4, "")]
 
 
 def test_no_more_lists_are_written_than_are_lacking(writer: list[str]) -> None:
