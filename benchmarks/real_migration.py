@@ -40,13 +40,12 @@ def regraft(*arguments: str) -> dict[str, Any]:
 def measured(task: str, step: str, *arguments: str) -> dict[str, Any]:
     """What a command says of itself, with the seconds that it took; kept in the home."""
     kept = get_settings().home / RESULTS.name / f"{task}.{step}.json"
-    content: dict[str, Any]
     if not kept.is_file():
         began = time.monotonic()
-        content = {**regraft(*arguments), "elapsed": time.monotonic() - began}
+        told = {**regraft(*arguments), "elapsed": time.monotonic() - began}
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(content), encoding="utf-8")
-    content = json.loads(kept.read_text(encoding="utf-8"))
+        kept.write_text(json.dumps(told), encoding="utf-8")
+    content: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return content
 
 

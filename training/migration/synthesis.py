@@ -142,8 +142,8 @@ def synthesise(
         rounds.append(made)
     tell = on_progress or (lambda kept, wanted, note: None)
     while (kept := sum(len(made.kept) for made in rounds)) < wanted:
-        on_item = partial(_told, tell, kept, wanted)
-        on_item(0)
+        tell_more = partial(tell, kept, wanted)
+        tell_more("")
         written, most = sum(made.written for made in rounds), options.most_tries * least
         cut_off = sum(made.unfinished for made in rounds)
         exhausted = written >= most or cut_off >= CUT_OFF * most or _hopeless(rounds)
@@ -153,7 +153,7 @@ def synthesise(
             raise _too_few(Pool((), (), tuple(rounds)), kept, least)
         rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
         made = _round(
-            model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing, on_item
+            model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing, tell_more
         )
         rounds.append(made)
         if kept_in is not None:
@@ -176,7 +176,7 @@ def _round(
     screen: Screen,
     margins: Margins | None,
     refusing: bool,
-    on_item: Callable[[int], None],
+    tell_more: Callable[[str], None],
 ) -> Round:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
@@ -190,7 +190,7 @@ def _round(
         found = parse(tokenizer.decode(written, skip_special_tokens=True), shown)
         if len(found.items) > finished.get(id(written), 0):
             finished[id(written)] = len(found.items)
-            on_item(sum(finished.values()))
+            tell_more(f"and {sum(finished.values())} more, not looked at yet")
         return found.complete or len(found.items) >= items or len(found.unfinished) > astray
 
     made = Round(number)
@@ -222,10 +222,6 @@ def _round(
             made.kept.append(item)
             made.margins.append(margin)
     return made
-
-
-def _told(tell: Callable[[int, int, str], None], kept: int, wanted: int, more: int) -> None:
-    tell(kept, wanted, f"and {more} more, not looked at yet" if more else "")
 
 
 def fitting(
