@@ -52,7 +52,13 @@ def directly(recipe: Recipe) -> float:
         )
         directory = Path(scratch) / "adapter"
         write_adapter(
-            directory, adapted, recipe.method.name, record.identity_sha256, record.reference, recipe.as_stored(), {}
+            directory,
+            adapted.save,
+            recipe.method.name,
+            record.identity_sha256,
+            record.reference,
+            recipe.as_stored(),
+            {},
         )
         AdapterRegistry().register_version(
             recipe.adapter,

@@ -320,7 +320,7 @@ def _train_and_judge(
             metrics = {"final_loss": outcome.losses[-1][1], "steps": float(outcome.steps)}
             write_adapter(
                 directory,
-                adapted,
+                adapted.save,
                 method_name=plan.student.method.name,
                 base_identity=plan.target.identity_sha256,
                 base_reference=plan.target.reference,

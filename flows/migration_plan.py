@@ -158,6 +158,7 @@ def plan_migration(
             "method": method,
             "training": _without_validation(options.training or recipe.training),
             "migrated_from": source.address,
+            "made_of": None,
         }
     )
     student.method_config("method")

@@ -77,13 +77,19 @@ def train_adapter(
         only_if_data_changed: do nothing where the selected data are those of the adapter's newest version.
 
     Raises:
-        InvalidInput: the adapter cannot be called that, or the recipe is of a version that was migrated.
+        InvalidInput: the adapter cannot be called that, or the recipe is of a version that was not trained on its
+            data.
     """
     adapter_name(recipe.adapter)  # now, not when hours of training are to be registered
     if recipe.migrated_from is not None:
         raise InvalidInput(
             f"This recipe tells how {recipe.migrated_from} was migrated to {recipe.base}: on synthetic inputs.",
             f"regraft migrate {recipe.migrated_from} --to {recipe.base}",
+        )
+    if recipe.made_of is not None:
+        raise InvalidInput(
+            f"This version was made of {', '.join(recipe.made_of)}, without a training that could be repeated.",
+            f"See: regraft lineage {recipe.adapter}",
         )
     if recipe.migration_kit is not None:
         redaction(recipe.migration_kit.redact)
@@ -185,7 +191,7 @@ def _register(
     metrics = {"final_loss": outcome.losses[-1][1], "steps": float(outcome.steps)}
     write_adapter(
         directory,
-        adapted,
+        adapted.save,
         method_name=recipe.method.name,
         base_identity=base.identity_sha256,
         base_reference=base.reference,

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from infra.documents import told
 from infra.errors import BaseModelMismatch, CorruptArtifact, InvalidInput, NotFound
 from infra.folders import require_free
 from training.methods.catalog import CATALOG, get_method
-from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, stored_config, stored_tensors
+from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, stored_config, written_config, written_tensors
 
 DETAILS_FILE = "regraft.json"
 FORMAT = 1
@@ -71,14 +72,23 @@ class StoredAdapter(_Part):
 
 def write_adapter(
     directory: Path,
-    adapted: Adapted,
+    save: Callable[[Path], None],
     method_name: str,
     base_identity: str,
     base_reference: str,
     recipe: dict[str, Any],
     metrics: dict[str, float],
 ) -> StoredAdapter:
-    """Write `adapted` as an adapter directory, whole or not at all.
+    """Write an adapter directory, whole or not at all.
+
+    Args:
+        directory: new or empty.
+        save: writes adapter_config.json and adapter_model.safetensors into a folder, as `Adapted.save` does.
+        method_name: in the catalogue.
+        base_identity: content hash of the base model.
+        base_reference: of the base model.
+        recipe: as it is stored.
+        metrics: what is to stand in the files.
 
     Raises:
         Conflict: `directory` holds something already.
@@ -88,8 +98,8 @@ def write_adapter(
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
     try:
-        adapted.save(partial)
-        content = stored_config(partial)
+        save(partial)
+        content = written_config(partial)
         content["base_model_name_or_path"] = base_reference.removeprefix("hf:").removeprefix("path:")
         _write_json(partial / CONFIG_FILE, content)
         details = StoredAdapter(
@@ -97,7 +107,7 @@ def write_adapter(
             base=StoredBase(reference=base_reference, identity=base_identity),
             recipe=recipe,
             metrics=metrics,
-            tensors={name: _describe(tensor) for name, tensor in stored_tensors(partial).items()},
+            tensors={name: _describe(tensor) for name, tensor in written_tensors(partial).items()},
             versions={package: version(package) for package in ("regraft", "torch", "transformers", "peft")},
         )
         _write_json(partial / DETAILS_FILE, details.model_dump(mode="json"))
@@ -173,7 +183,7 @@ def verify(directory: Path, stored: StoredAdapter) -> None:
     """
     if stored.is_foreign:
         return  # there is no manifest; `Method.load` still checks names and shapes
-    found = {name: _describe(tensor) for name, tensor in stored_tensors(directory).items()}
+    found = {name: _describe(tensor) for name, tensor in written_tensors(directory).items()}
     differing = sorted(
         name for name in found.keys() | stored.tensors.keys() if found.get(name) != stored.tensors.get(name)
     )

@@ -43,6 +43,9 @@ class Recipe(Section):
     migrated_from: str | None = Field(
         None, description="Set by a migration: the version whose answers to synthetic inputs were trained on."
     )
+    made_of: tuple[str, ...] | None = Field(
+        None, description="Set by a merge or a compression: the versions that it is made of, without any training."
+    )
 
     @field_validator("method", mode="before")
     @classmethod

@@ -33,7 +33,7 @@ def trained(method: str = "lora") -> Adapted:
 
 
 def write(directory: Path, adapted: Adapted, method: str = "lora") -> None:
-    write_adapter(directory, adapted, method, IDENTITY, "hf:tiny/llama", RECIPE, {"loss": 0.5})
+    write_adapter(directory, adapted.save, method, IDENTITY, "hf:tiny/llama", RECIPE, {"loss": 0.5})
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_pickle_is_refused_unopened(stored: tuple[Path, Adapted]) -> None:
     (directory / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(CorruptArtifact, match=r"adapter_model\.bin is a pickle") as error:
         attach_stored(tiny_llama(), directory, base_identity=IDENTITY)
-    assert "save_pretrained" in error.value.remedy
+    assert "regraft import" in error.value.remedy
 
 
 def test_a_truncated_file_is_refused(stored: tuple[Path, Adapted]) -> None:

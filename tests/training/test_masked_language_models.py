@@ -65,7 +65,7 @@ def test_a_recipe_trains_an_encoder_on_what_is_hidden(tmp_path: Path, base: Load
     assert after < before * left
     write_adapter(
         tmp_path / "stored",
-        adapted,
+        adapted.save,
         method_name=name,
         base_identity=base.identity.sha256,
         base_reference=base.reference,

@@ -35,7 +35,7 @@ def test_a_method_is_trained_by_a_recipe_stored_and_loaded(tmp_path: Path, base:
     assert outcome.steps == 12
     write_adapter(
         tmp_path / "stored",
-        adapted,
+        adapted.save,
         method_name=name,
         base_identity=base.identity.sha256,
         base_reference=base.reference,

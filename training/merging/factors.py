@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from infra.errors import InvalidInput
-from training.merging.low_rank import LowRank, Part, norm, stacked, truncated
+from training.low_rank import LowRank, Part, norm, stacked, truncated
 from training.merging.method import WEIGHTS_HELP, MergeMethod, given_weights
 
 

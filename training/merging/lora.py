@@ -14,8 +14,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from infra.errors import InvalidInput
+from training.low_rank import LowRank
 from training.merging.adapter import MIGRATE, Adapter, Deviation, Merged, common_type, stored
-from training.merging.low_rank import LowRank
 from training.merging.linear import Linear
 from training.merging.method import MergeMethod
 from training.merging.origin import base_value, merged_values

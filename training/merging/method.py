@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infra.documents import Section
 from infra.errors import InvalidInput
-from training.merging.low_rank import LowRank, Part, stacked, truncated
+from training.low_rank import LowRank, Part, stacked, truncated
 
 WEIGHTS_HELP = "One number for each adapter, in their order; a negative one takes the adapter's update away."
 

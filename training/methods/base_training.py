@@ -138,7 +138,9 @@ class BaseTraining(Method[Config]):
 
     def load(self, model: nn.Module, directory: Path, name: str = "default") -> Any:
         """Put the θ stored in `directory` into `model`."""
-        content, tensors = stored_config(directory), stored_tensors(directory)
+        shelf = _SHELVES.get(model)
+        content = stored_config(directory)
+        tensors = stored_tensors(directory, shelf.original if shelf else _values(model))
         if not self.recognises(content):
             raise CorruptArtifact(f"{directory} holds {content.get('peft_type')}, not '{self.name}'.")
         try:

@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 
 from infra.documents import Section
 from infra.errors import CorruptArtifact, NotMergeable
+from training.compression.steps import decompress
+from training.compression.stored import is_compressed, plain_config
 
 Batch = Mapping[str, Tensor]
 CONFIG_FILE = "adapter_config.json"
@@ -190,15 +192,7 @@ class Adapted(ABC):
 
     def save(self, directory: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors (the PEFT layout) into `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.tensors().items():
-            held = tensor.detach().cpu().contiguous()
-            shared = any(held.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-            tensors[name] = held.clone() if shared else held  # a safetensors file has no second name for a tensor
-        save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
-        content = json.dumps(self.adapter_config(), indent=2, sort_keys=True)
-        (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
+        write_stored(directory, self.adapter_config(), self.tensors())
 
     # What only some papers ask for. The trainer honours each.
 
@@ -288,12 +282,31 @@ def owners(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def write_stored(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors (the PEFT layout) into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        shared = any(own.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in held.values())
+        held[name] = own.clone() if shared else own  # a safetensors file has no second name for a tensor
+    save_file(held, directory / TENSORS_FILE, metadata={"format": "pt"})
+    content = json.dumps(config, indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
+
+
 def stored_config(directory: Path) -> dict[str, Any]:
-    """The content of `directory`'s adapter_config.json.
+    """The content of `directory`'s adapter_config.json; of a compressed adapter, what it was before.
 
     Raises:
         CorruptArtifact: it is missing or not a JSON object.
     """
+    content = written_config(directory)
+    return plain_config(content) if is_compressed(content) else content
+
+
+def written_config(directory: Path) -> dict[str, Any]:
+    """The content of `directory`'s adapter_config.json as it stands there; raises what `stored_config` does."""
     path = directory / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -306,8 +319,25 @@ def stored_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of `directory`'s adapter_model.safetensors, on the CPU. Pickle files are never opened.
+def stored_tensors(directory: Path, origins: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors, on the CPU; those of a compressed adapter decoded. Pickle files are never opened.
+
+    Args:
+        directory: of the adapter.
+        origins: the base's own tensors, by the adapter's names, where a compressed adapter is their change.
+
+    Raises:
+        CorruptArtifact: the file is missing or damaged, or a pickle is offered instead.
+    """
+    written = written_tensors(directory)
+    if not is_compressed(written_config(directory)):
+        return written
+    del written
+    return decompress((directory / TENSORS_FILE).read_bytes(), origins)
+
+
+def written_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of `directory`'s adapter_model.safetensors as they stand there.
 
     Raises:
         CorruptArtifact: the file is missing, a pickle is offered instead, or header and size do not agree.
@@ -318,7 +348,7 @@ def stored_tensors(directory: Path) -> dict[str, Tensor]:
         if pickles:
             raise CorruptArtifact(
                 f"{directory / pickles[0]} is a pickle, which can run code when it is opened; it was not.",
-                "Where you trust it, load it with peft and save it again: save_pretrained writes safetensors.",
+                "regraft import converts an old adapter_model.bin without running it; peft writes safetensors today.",
             )
         raise CorruptArtifact(f"{directory} holds no {TENSORS_FILE}.", "Is it an adapter directory?")
     try:

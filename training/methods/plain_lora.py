@@ -1,7 +1,6 @@
 """Adapters whose update is of low rank, written as a plain LoRA: what peft, vLLM and every other tool reads."""
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from math import isclose
 from pathlib import Path
@@ -11,13 +10,12 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
 from infra.folders import require_free
-from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, origin
+from training.methods.contract import Adapted, origin, write_stored
 from training.methods.injected import PREFIX, InjectedAdapted, base_of, matrix
 from training.methods.peft_method import PeftAdapted, bare
 from training.methods.targets import linear_modules, shortest
@@ -42,11 +40,11 @@ def lora_config(
     others = {name: own for name, own in ranks.items() if own != rank}
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=_plain(scale * rank),
+        lora_alpha=plain_number(scale * rank),
         lora_dropout=dropout,
         target_modules=shortest(model, list(ranks)),
         rank_pattern=others,
-        alpha_pattern={name: _plain(scale * own) for name, own in others.items()},
+        alpha_pattern={name: plain_number(scale * own) for name, own in others.items()},
         fan_in_fan_out=all(isinstance(layers[name], Conv1D) for name in ranks),
         inference_mode=True,
     )
@@ -73,6 +71,23 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
     if stored.get("peft_type") == "LORA" and not stored.get("use_dora"):
         adapted.save(directory)
         return
+    pairs = low_rank_pairs(adapted)
+    tensors = {
+        f"{PREFIX}{place}.lora_{side}.weight": factor.float()
+        for place, pair in pairs.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    ranks = {place: len(A) for place, (A, _) in pairs.items()}
+    model = bare(adapted.model)
+    write_stored(directory, {"peft_type": "LORA", **origin(model), **lora_config(model, ranks, scale=1.0)}, tensors)
+
+
+def low_rank_pairs(adapted: Adapted) -> dict[str, Pair]:
+    """A [r, n] and B [m, r] of every layer that the adapter changes, by its name, with ΔW = BA.
+
+    Raises:
+        InvalidInput: the update is not of low rank, or more than a change of linear layers' weights.
+    """
     if isinstance(adapted, InjectedAdapted):
         pairs = dict(_pairs_of_slots(adapted))
     elif isinstance(adapted, PeftAdapted):
@@ -81,17 +96,7 @@ def write_plain_lora(adapted: Adapted, directory: Path) -> None:
         raise _unwritable(adapted, "it trains the base's own weights")
     if not pairs:
         raise _unwritable(adapted, "it changes no weight of a linear layer")
-    tensors = {
-        f"{PREFIX}{place}.lora_{side}.weight": factor.detach().float().cpu().contiguous()
-        for place, pair in pairs.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }
-    ranks = {place: len(A) for place, (A, _) in pairs.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt"})
-    model = bare(adapted.model)
-    content = {"peft_type": "LORA", **origin(model), **lora_config(model, ranks, scale=1.0)}
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return pairs
 
 
 def _pairs_of_slots(adapted: InjectedAdapted) -> Iterator[tuple[str, Pair]]:
@@ -161,10 +166,10 @@ def decomposed(update: Tensor) -> Pair | None:
 def _unwritable(adapted: Adapted, why: str) -> InvalidInput:
     return InvalidInput(
         f"Adapter '{adapted.name}' cannot be written as a plain LoRA: {why}.",
-        "Export it as it is, or --merged where it merges.",
+        "Cut it down to a LoRA: --rank R tells what that loses. Or export it as it is, or --to merged.",
     )
 
 
-def _plain(number: float) -> float:
+def plain_number(number: float) -> float:
     """As an integer, which other tools expect of an α, where it is one."""
     return round(number) if isclose(number, round(number), rel_tol=1e-12) else number

@@ -235,7 +235,7 @@ def _discriminator(
     )
     write_adapter(
         staging / DISCRIMINATOR,
-        adapted,
+        adapted.save,
         method_name=options.discriminator.method.name,
         base_identity=kit.base_identity,
         base_reference=kit.base_reference,

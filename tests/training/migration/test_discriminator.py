@@ -73,7 +73,7 @@ def test_it_learns_to_tell_inputs_apart_and_comes_back_from_disk(tmp_path: Path)
         assert all(torch.equal(bare[name], tensor) for name, tensor in again.state_dict().items())
     write_adapter(
         tmp_path / "kept",
-        adapted,
+        adapted.save,
         method_name="lora",
         base_identity="a" * 64,
         base_reference="x",

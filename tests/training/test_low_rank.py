@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from training.merging import low_rank
-from training.merging.low_rank import LowRank, norm, stacked, truncated
+from training import low_rank
+from training.low_rank import LowRank, norm, stacked, truncated
 
 
 def random_update(seed: int, m: int = 12, n: int = 9, rank: int = 4) -> LowRank:
