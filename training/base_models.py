@@ -91,15 +91,8 @@ def load_base(
     Raises:
         InvalidInput, NotFound, CorruptArtifact: as `resolve_base`; also weights that lack tensors of the model.
     """
-    import transformers
-
     base = resolve_base(reference, cache)
-    model_class = getattr(transformers, base.architecture, None)
-    if model_class is None:
-        raise InvalidInput(
-            f"{reference}: transformers {transformers.__version__} has no model class {base.architecture}.",
-            "Models that bring their own code are not run.",
-        )
+    model_class = _class_of(base)
     spread = {"distributed_config": DistributedConfig(fsdp_size=shards)} if shards > 1 else {}
     with without_loading_bars():
         model, report = model_class.from_pretrained(
@@ -112,6 +105,31 @@ def load_base(
             "Fetch the model again, or correct 'architectures' in its config.json.",
         )
     return LoadedBase(model.to(device).eval(), load_tokenizer(base), base.reference, base.identity, base.directory)
+
+
+def skeleton(base: BaseFolder) -> PreTrainedModel:
+    """The model without its weights, on the meta device: names and shapes, for next to nothing.
+
+    Raises:
+        InvalidInput: transformers has no such class.
+    """
+    model_class = _class_of(base)
+    config = model_class.config_class.from_pretrained(base.directory, local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)
+    return model
+
+
+def _class_of(base: BaseFolder) -> Any:
+    import transformers
+
+    model_class = getattr(transformers, base.architecture, None)
+    if model_class is None:
+        raise InvalidInput(
+            f"{base.reference}: transformers {transformers.__version__} has no model class {base.architecture}.",
+            "Models that bring their own code are not run.",
+        )
+    return model_class
 
 
 def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase | None:

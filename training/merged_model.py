@@ -2,51 +2,106 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from infra.errors import NotMergeable
+from infra.errors import InvalidInput, NotMergeable
 from infra.folders import require_free
+from training.interchange.merge_proof import MergeProof, prove
+from training.interchange.probes import Probe, probes
+from training.interchange.weight_changes import base_tensors, parameters_of
 from training.methods.contract import Adapted
 from training.methods.targets import output_embeddings
 
+SHARD_SIZE = "5GB"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
-def write_merged_model(adapted: Adapted, tokenizer: Any, directory: Path) -> None:
-    """Write the merged model and its tokenizer or image processor; the folder is there when all of it is.
+
+def write_merged_model(
+    adapted: Adapted,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> MergeProof:
+    """Write the merged model and its tokenizer or image processor; the folder is there when all of it is, and proven.
 
     Args:
         adapted: left as it was; needs memory for two more base models.
         tokenizer: of the base, or None where it has none.
         directory: new or empty.
+        dtype: of the written weights; none given: in which `adapted` is.
+        shard_size: the most that one file takes, as transformers reads it ("5GB").
 
     Raises:
-        NotMergeable: the update is no change of weights, or one that the architecture, loaded anew, has no place for.
+        NotMergeable: the update is no change of weights, or one that the architecture, loaded anew, has no place for;
+            or what was written is not the base with the adapter folded in.
         Conflict: the directory holds something, or is none.
     """
     require_free(directory)
     merged: Any = adapted.merge()
-    if merged.config.tie_word_embeddings and not _tied(merged):
+    dtype = dtype or next(p.dtype for p in merged.parameters() if p.is_floating_point())
+    before = base_tensors(adapted)
+    moved = {
+        name for name, new in parameters_of(merged).items() if name in before and not torch.equal(new, before[name])
+    }
+    _cast(merged, dtype)
+    if getattr(merged.config, "tie_word_embeddings", False) and not _tied(merged):
         merged.config.tie_word_embeddings = False  # or it would be tied again when it is loaded
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(), TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
         written = Path(staging) / "model"
-        merged.save_pretrained(written)
+        merged.save_pretrained(written, max_shard_size=shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-        lost = _lost(merged, written)
+        loaded = type(merged).from_pretrained(written, dtype="auto").eval()
+        lost = _lost(merged, loaded)
         if lost:
             raise NotMergeable(
                 f"Adapter '{adapted.name}', merged, changes what {type(merged).__name__} does not store: "
                 f"{', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}.",
-                "Export it without --merged. Trained without biases (ssf: shift: false, hydra: bias: false), it would "
-                "merge.",
+                "Export it without --to merged. Trained without biases (ssf: shift: false, hydra: bias: false), it "
+                "would merge.",
             )
+        proof = prove(adapted, loaded, moved, written, _probes(merged, tokenizer))
         written.replace(directory)
+    return proof
+
+
+def stored_dtype(directory: Path) -> torch.dtype | None:
+    """The dtype in which a model folder holds most of its weights, by the headers of its safetensors."""
+    held: dict[str, int] = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                held[part.get_dtype()] = held.get(part.get_dtype(), 0) + prod(part.get_shape())
+    most = max(held, key=lambda code: held[code], default="")
+    return _DTYPES.get(most)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: tied ones stay tied, and what a model computes with beside them (rotations) stays exact."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    config: Any = model.config
+    config.dtype = dtype
+
+
+def _probes(model: nn.Module, tokenizer: Any) -> list[Probe] | None:
+    try:
+        return probes(model, tokenizer)
+    except InvalidInput:
+        return None
 
 
 @contextmanager
@@ -68,9 +123,9 @@ def _tied(model: Any) -> bool:
     return output is None or getattr(output, "weight", None) is model.get_input_embeddings().weight
 
 
-def _lost(model: nn.Module, directory: Path) -> list[str]:
-    """The tensors of `model` that are missing, or others, in what transformers loads from `directory`."""
-    stored = type(model).from_pretrained(directory, dtype="auto").state_dict()  # type: ignore[attr-defined]
+def _lost(model: nn.Module, loaded: nn.Module) -> list[str]:
+    """The tensors of `model` that are missing, or others, in what transformers loads from where it was written."""
+    stored = loaded.state_dict()
     return [
         name
         for name, tensor in model.state_dict().items()

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 HEAVY = ("torch", "transformers", "peft", "mlflow", "prefect", "boto3", "scipy", "matplotlib", "pandas")
 COMMANDS = """
@@ -35,6 +37,16 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
 def test_listing_the_registry_needs_tables_only(home: Path, arguments: list[str]) -> None:
     modules = imported_by(COMMANDS, json.dumps(arguments))
     assert "sqlalchemy" in modules
+    assert not modules & set(HEAVY)
+
+
+def test_a_check_before_serving_reads_headers_only(home: Path, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factors = {f"base_model.model.q.lora_{side}.weight": np.ones((1, 1), np.float32) for side in "AB"}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    modules = imported_by(COMMANDS, json.dumps(["check", str(tmp_path), "--for", "vllm"]))
+    assert "registry.serving_rules" in modules
     assert not modules & set(HEAVY)
 
 
