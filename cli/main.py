@@ -11,12 +11,14 @@ from rich.markup import escape
 from cli import (
     adapters,
     base,
+    compress,
     database,
     demo,
     evaluate,
     generate,
     kit,
     lineage,
+    merge,
     methods,
     migrate,
     promote,
@@ -54,6 +56,8 @@ app.add_typer(adapters.app, name="adapters", rich_help_panel=LIFE)
 app.command("lineage", rich_help_panel=LIFE)(lineage.lineage)
 app.command("promote", rich_help_panel=LIFE)(promote.promote)
 app.command("migrate", rich_help_panel=LIFE)(migrate.migrate)
+app.command("compress", rich_help_panel=LIFE)(compress.compress)
+app.command("merge", rich_help_panel=LIFE)(merge.merge)
 app.command("rollback", rich_help_panel=LIFE)(promote.rollback)
 app.add_typer(base.app, name="base", rich_help_panel=LIFE)
 app.add_typer(kit.app, name="kit", rich_help_panel=LIFE)

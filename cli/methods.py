@@ -90,6 +90,39 @@ def show_(name: str, as_json: Json = False) -> None:
     console.print(f"\nIn a recipe:\n  [cyan]method:\n    name: {name}[/]")
 
 
+@app.command("merging")
+def merging(as_json: Json = False) -> None:
+    """The ways to merge adapters, with their options.
+
+    Example: [bold]regraft methods merging[/]
+    """
+    from training.merging.merge import METHODS
+
+    if as_json:
+        told = [
+            {
+                "name": name,
+                "title": rule.title,
+                "paper": rule.paper,
+                "options": {
+                    key: {"default": _default(field), "help": field.description}
+                    for key, field in rule.model_fields.items()
+                },
+            }
+            for name, rule in METHODS.items()
+        ]
+        print_json(told)
+        return
+    console.print("Of all, for LoRAs: rank (the highest of the result) and energy (the share of the update to keep).\n")
+    for name, rule in METHODS.items():
+        console.print(f"[bold]{name}[/]  {rule.title}  [dim]{rule.paper}[/]")
+        facts(
+            (f"  {key} = {escape(_yaml(_default(field)))}", escape(field.description or ""))
+            for key, field in rule.model_fields.items()
+            if key not in ("rank", "energy")
+        )
+
+
 _FRESH = {
     True: "leaves outputs as they are",
     "nearly": "hardly changes outputs",

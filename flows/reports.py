@@ -34,9 +34,14 @@ def report_markdown(adapter: str, subject: str, text: str) -> None:
 def report_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
     """The loss over the steps as an image; returns the PNG."""
     picture = training_curve(adapter, outcome)
-    url = "data:image/png;base64," + base64.b64encode(picture).decode()
-    _leave(create_image_artifact, url, adapter, "training curve")
+    report_picture(adapter, "training curve", picture)
     return picture
+
+
+def report_picture(adapter: str, subject: str, png: bytes) -> None:
+    """An image."""
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    _leave(create_image_artifact, url, adapter, subject)
 
 
 def training_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:

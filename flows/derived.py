@@ -1,0 +1,171 @@
+"""Versions that are made of others without any training: proven to load, registered with their parents, measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import BaseModel, ConfigDict
+
+from flows.attached import attached
+from flows.evaluate_adapter import record_result, run_suite
+from flows.suites import Prepared, default_suites, prepare
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from registry.records import Parent, VersionRecord
+from serving.loading import recipe_of
+from training.adapter_files import read_adapter, verify, write_adapter
+from training.base_models import LoadedBase
+from training.data.example import fingerprint
+from training.evaluation.result import EvaluationResult
+from training.evaluation.suite import Suite
+from training.merging.adapter import Adapter
+from training.methods.contract import stored_config, stored_tensors
+from training.migration.gate import LOWER_IS_BETTER
+from training.objectives.of_model import is_masked_lm
+
+
+class Number(BaseModel):
+    """A measured value with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Measured(BaseModel):
+    """One suite, answered by the new version and by those that it is made of, in their order."""
+
+    model_config = ConfigDict(frozen=True)
+
+    suite: str
+    metric: str
+    samples: int
+    parents: list[Number]
+    child: Number
+
+
+def suites_of(versions: Sequence[VersionRecord], chosen: Sequence[Suite]) -> tuple[Suite, ...]:
+    """What versions made of these are measured on: `chosen`, else the suites of each one's recipe.
+
+    A suite of a recipe's own data that come from a file is the first version's alone.
+    """
+    if chosen:
+        return tuple(chosen)
+    found: list[Suite] = []
+    for version in versions:
+        recipe = recipe_of(version)
+        for suite in default_suites(recipe) if recipe else ():
+            named = suite.model_copy(update={"task": suite.task or (recipe.data.task if recipe else None)})
+            if named not in found and (named.task is not None or version is versions[0]):
+                found.append(named)
+    return tuple(found)
+
+
+def drawn(suites: Sequence[Suite], version: VersionRecord) -> list[Prepared]:
+    """The suites with their items; those of no task mean the data of the version's recipe."""
+    with attached(version) as (adapted, _):
+        masked = is_masked_lm(adapted.model)
+    return [prepare(suite, recipe_of(version), masked) for suite in suites]
+
+
+def stored_adapter(version: VersionRecord, base: LoadedBase) -> Adapter:
+    """A version as it is stored, every byte checked; decoded where it is compressed."""
+    directory = AdapterRegistry().materialise(version.address)
+    verify(directory, read_adapter(directory))
+    return Adapter(version.address, stored_config(directory), stored_tensors(directory, dict(base.model.state_dict())))
+
+
+def register_derived(
+    name: str,
+    first: VersionRecord,
+    save: Callable[[Path], None],
+    parents: Sequence[Parent],
+    metrics: Mapping[str, float],
+) -> VersionRecord:
+    """Register what `save` writes as the next version of an adapter, once it is seen to load on its base.
+
+    Args:
+        name: of the adapter.
+        first: the version whose base, recipe and task it takes over.
+        save: writes adapter_config.json and adapter_model.safetensors into a folder.
+        parents: what it is made of, and how.
+        metrics: of the making.
+    """
+    settings, recipe = get_settings(), recipe_of(first)
+    made_of = tuple(parent.address for parent in parents)
+    if recipe is None:
+        stored = {"origin": {"made_of": list(made_of)}}
+    else:
+        stored = recipe.model_copy(update={"adapter": name, "migrated_from": None, "made_of": made_of}).as_stored()
+    settings.runs.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
+        plain, directory = Path(scratch) / "plain", Path(scratch) / "adapter"
+        save(plain)
+        method = read_adapter(plain).method
+        write_adapter(
+            directory,
+            save,
+            method_name=method,
+            base_identity=first.base.identity_sha256,
+            base_reference=first.base.reference,
+            recipe=stored,
+            metrics=dict(metrics),
+        )
+        with attached(first, directory) as (adapted, _):
+            parameters = sum(tensor.numel() for tensor in adapted.tensors().values())
+        return AdapterRegistry().register_version(
+            name,
+            directory,
+            base_identity=first.base.identity_sha256,
+            method=method,
+            recipe=stored,
+            trainable_parameters=parameters,
+            task=first.task,
+            description=first.description,
+            metrics=metrics,
+            parents=parents,
+        )
+
+
+def measured(version: VersionRecord, parents: Sequence[VersionRecord], suites: Sequence[Prepared]) -> list[Measured]:
+    """Both sides on every suite; what the registry holds already of the very same items is not measured again."""
+    by_parent = [_results(parent, suites) for parent in parents]
+    return [
+        Measured(
+            suite=suite.title,
+            metric=suite.metric,
+            samples=len(suite.examples),
+            parents=[results[place] for results in by_parent],
+            child=child,
+        )
+        for place, (suite, child) in enumerate(zip(suites, _results(version, suites), strict=True))
+    ]
+
+
+def number(result: EvaluationResult) -> Number:
+    """A result's value with its interval."""
+    return Number(value=result.value, low=result.low, high=result.high)
+
+
+def better(metric: str, value: float) -> float:
+    """The value as a score of which more is better."""
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def _results(version: VersionRecord, suites: Sequence[Prepared]) -> list[Number]:
+    registry = AdapterRegistry()
+    known = {
+        (e.suite, e.metric, e.dataset_fingerprint): Number(value=e.value, low=e.low, high=e.high)
+        for e in reversed(registry.evaluations(version.address))
+    }
+    keys = [(suite.title, suite.metric, fingerprint(suite.examples)) for suite in suites]
+    if any(key not in known for key in keys):
+        with attached(version) as (adapted, base):
+            for key, suite in zip(keys, suites, strict=True):
+                if key not in known:
+                    found = run_suite(f"{version.address}: {suite.title}", adapted.model, base.tokenizer, suite)
+                    record_result(registry, version.address, suite.title, found)
+                    known[key] = number(found)
+    return [known[key] for key in keys]

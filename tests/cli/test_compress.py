@@ -1,0 +1,125 @@
+"""`regraft compress`: the smallest form within the allowed loss becomes a version that loads as any other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from serving.loading import load
+from tests.cli.conftest import WriteRecipe, run_here
+from tests.cli.test_lifecycle import clean
+from training.base_models import load_base
+
+pytestmark = pytest.mark.services
+
+PERPLEXITY = [{"metric": "perplexity", "samples": 24}]
+TRAINING = {"steps": 40, "batch_size": 8, "learning_rate": 0.01, "max_length": 512}
+
+
+@pytest.fixture(scope="module")
+def source(regraft_home: Path, write_recipe: WriteRecipe) -> str:
+    """A version that has learnt something, so that there is something to lose."""
+    get_settings.cache_clear()
+    recipe = write_recipe("pressed", evaluation=PERPLEXITY, training=TRAINING)
+    address: str = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--json")))["address"]
+    return address
+
+
+def logits(address: str) -> torch.Tensor:
+    loaded = load(address)
+    with torch.no_grad():
+        found: torch.Tensor = loaded.model(input_ids=torch.arange(3, 40)[None]).logits
+    return found
+
+
+def compress(*arguments: str, code: int = 0) -> dict[str, Any]:
+    told = run_here("compress", *arguments, "--json")
+    assert told.code == code, told.err
+    found: dict[str, Any] = json.loads(told.out)
+    return found
+
+
+def test_the_smallest_form_within_the_allowed_loss_is_registered_with_its_parent(source: str) -> None:
+    found = compress(
+        source,
+        "--codec",
+        "groups:bits=8",
+        "--codec",
+        "groups:bits=4",
+        "--codec",
+        "compeft:density=0",
+        "--max-loss",
+        "0.2",
+    )
+    sizes = {form["steps"]: form["size_bytes"] for form in found["forms"]}
+    passed = [form["steps"] for form in found["forms"] if form["passed"]]
+    assert "compeft:density=0,alpha=0.5" not in passed and found["steps"] == min(passed, key=lambda line: sizes[line])
+    assert found["size_bytes"] < found["source_bytes"]
+    version = AdapterRegistry().get(found["address"])
+    (edge,) = AdapterRegistry().lineage(version.address).edges
+    assert (edge.parent, edge.relation, edge.details["steps"]) == (source, "compressed_from", found["steps"])
+    assert (
+        version.method == "lora" and version.trainable_parameters == AdapterRegistry().get(source).trainable_parameters
+    )
+    (suite,) = found["measured"]
+    assert suite["child"]["value"] == AdapterRegistry().evaluations(version.address)[0].value
+
+
+def test_a_compressed_version_answers_almost_as_before(source: str) -> None:
+    found = compress(source, "--codec", "groups:bits=8", "--max-loss", "1")
+    torch.testing.assert_close(logits(found["address"]), logits(source), atol=0.05, rtol=0.05)
+    assert not torch.equal(logits(found["address"]), logits(source))
+
+
+def test_stock_peft_refuses_the_files_and_reads_the_export(source: str, tmp_path: Path) -> None:
+    found = compress(source, "--codec", "codebook:bits=4", "--max-loss", "1")
+    base = load_base(load(source).version.base.reference, cache=get_settings().base_models).model
+    with pytest.raises((KeyError, ValueError)):
+        peft.PeftModel.from_pretrained(base, AdapterRegistry().materialise(found["address"]))
+    clean(run_here("export", found["address"], str(tmp_path / "plain")))
+    stock = peft.PeftModel.from_pretrained(base, tmp_path / "plain").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=torch.arange(3, 40)[None]).logits, logits(found["address"]))
+
+
+def test_a_lower_rank_comes_first_where_that_is_asked_for(source: str) -> None:
+    found = compress(source, "--codec", "low_rank:rank=2+groups:bits=8", "--max-loss", "1")
+    ranks = {len(t) for name, t in load(found["address"]).adapted.tensors().items() if "lora_A" in name}
+    assert ranks == {2}
+
+
+def test_where_no_form_is_good_enough_nothing_is_registered(source: str) -> None:
+    name = source.partition("@")[0]
+    before = len(AdapterRegistry().versions(name))
+    found = compress(source, "--codec", "compeft:density=0", "--max-loss", "0", code=7)
+    assert found["address"] is None and found["passed"] is None
+    assert len(AdapterRegistry().versions(name)) == before
+    told = run_here("compress", source, "--codec", "compeft:density=0", "--max-loss", "0")
+    assert told.code == 7 and "nothing was registered" in told.out
+
+
+@pytest.mark.parametrize("method", ["ia3", "full", "composable-sft", "hydra", "dora"])
+def test_every_kind_of_adapter_can_be_compressed(method: str, write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(f"pressed-{method}", method=method)
+    address = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
+    for line in ("compeft:density=1,alpha=1", "groups:bits=8"):
+        found = compress(address, "--codec", line, "--max-loss", "1", "--samples", "8", "--as", f"small-{method}")
+        assert logits(found["address"]).isfinite().all()
+    torch.testing.assert_close(logits(found["address"]), logits(address), atol=0.1, rtol=0.1)
+
+
+def test_refusals_come_before_any_work(source: str) -> None:
+    for codec, told in {
+        "grups:bits=4": "Did you mean 'groups'",
+        "groups:bits=3": "give 2, 4 or 8",
+        "compeft:density=2": "density",
+        "low_rank:rank=4": "makes no bytes",
+    }.items():
+        refused = run_here("compress", source, "--codec", codec)
+        assert refused.code == 2 and told in refused.err
+    assert run_here("compress", "pressed@99").code == 3

@@ -1,0 +1,137 @@
+"""`regraft merge`: versions of one base become one, all of them its parents; what does not fit together is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.settings import get_settings
+from registry import AdapterRegistry
+from serving.loading import load
+from tests.cli.conftest import WriteRecipe, run_here
+from tests.cli.test_lifecycle import clean
+from tests.tiny_models import save_tiny_gemma, save_tiny_llama
+from training.adapter_files import attach_stored
+from training.base_models import load_base
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture(scope="module")
+def versions(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three versions on one Llama, of two adapters and two ranks."""
+    get_settings.cache_clear()
+    bases = tmp_path_factory.mktemp("bases")
+    clean(run_here("base", "add", f"path:{save_tiny_llama(bases / 'llama', seed=91)}", "--name", "merge-llama"))
+    found = []
+    for name, seed, rank in (("merge-a", 0, 4), ("merge-a", 1, 4), ("merge-b", 2, 2)):
+        recipe = write_recipe(name, base="merge-llama", seed=seed, method={"name": "lora", "rank": rank})
+        found.append(
+            json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
+        )
+    return found
+
+
+def update(address: str) -> dict[str, torch.Tensor]:
+    """ΔW of every layer, by stock peft's own reckoning."""
+    adapted = load(address).adapted
+    changes = {}
+    for name, module in adapted.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            changes[name] = module.get_delta_weight(module.active_adapters[0]).detach()
+    return changes
+
+
+def test_linear_adds_the_updates_exactly_and_has_all_as_parents(versions: list[str]) -> None:
+    a, _, b = versions
+    told = json.loads(clean(run_here("merge", a, b, "--as", "both", "--weight", "0.5", "--weight", "-2", "--json")))
+    merged, of_a, of_b = update(told["address"]), update(a), update(b)
+    assert merged.keys() == of_a.keys() == of_b.keys()
+    for place, change in merged.items():
+        torch.testing.assert_close(change, 0.5 * of_a[place] - 2 * of_b[place], atol=1e-6, rtol=1e-4)
+    edges = {edge.parent: edge for edge in AdapterRegistry().lineage(told["address"]).edges}
+    assert edges.keys() == {a, b} and {edge.relation for edge in edges.values()} == {"merged_from"}
+    assert [edges[address].details["coefficient"] for address in (a, b)] == [0.5, -2]
+    (suite,) = told["measured"]
+    assert (
+        len(suite["parents"]) == 2
+        and AdapterRegistry().evaluations(told["address"])[0].value == suite["child"]["value"]
+    )
+
+
+def test_the_export_of_a_merged_version_loads_in_stock_peft(versions: list[str], tmp_path: Path) -> None:
+    import peft
+
+    a, _, b = versions
+    told = json.loads(clean(run_here("merge", a, b, "--as", "both", "--no-evaluate", "--json")))
+    clean(run_here("export", told["address"], str(tmp_path / "merged")))
+    loaded = load(told["address"])
+    base = load_base(loaded.version.base.reference, cache=get_settings().base_models)
+    stock = peft.PeftModel.from_pretrained(base.model, tmp_path / "merged").eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=ids).logits, loaded.model(input_ids=ids).logits)
+
+
+def test_a_lower_rank_says_what_it_loses(versions: list[str]) -> None:
+    a, other, _ = versions
+    told = json.loads(clean(run_here("merge", a, other, "--rank", "3", "--no-evaluate", "--json")))
+    assert told["address"].startswith("merge-a@") and told["deviation"] > 0
+    directory = AdapterRegistry().materialise(told["address"])
+    ranks = {len(t) for name, t in load_file(directory / "adapter_model.safetensors").items() if "lora_A" in name}
+    assert ranks == {3}
+    assert "% off" in clean(run_here("merge", a, other, "--rank", "3", "--no-evaluate"))
+
+
+def test_a_greedy_soup_is_no_worse_on_what_chose_it(versions: list[str]) -> None:
+    told = json.loads(clean(run_here("merge", *versions, "--as", "soup", "--greedy", "--json")))
+    taken = [each["score"] for each in told["tasted"] if each["taken"]]
+    assert len(told["tasted"]) == 5  # three alone, two means
+    assert taken[-1] >= max(each["score"] for each in told["tasted"] if len(each["ingredients"]) == 1)
+    parents = {edge.parent for edge in AdapterRegistry().lineage(told["address"]).edges}
+    assert set(told["of"]) <= parents
+
+
+def test_a_merged_version_attaches_as_any_other_and_cannot_be_trained_by_its_recipe(versions: list[str]) -> None:
+    told = json.loads(clean(run_here("merge", *versions, "--as", "all", "--method", "ties", "--no-evaluate", "--json")))
+    loaded = load(told["address"])
+    directory = AdapterRegistry().materialise(told["address"])
+    base = load_base(loaded.version.base.reference, cache=get_settings().base_models)
+    again = attach_stored(base.model, directory, base_identity=base.identity.sha256)
+    assert all(torch.equal(t, loaded.adapted.tensors()[name]) for name, t in again.tensors().items())
+    refused = run_here("train", told["address"])
+    assert refused.code == 2 and "without a training that could be repeated" in refused.err
+
+
+def test_refusals_come_before_any_work_and_register_nothing(
+    versions: list[str], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    a, other, b = versions
+    clean(run_here("base", "add", f"path:{save_tiny_gemma(tmp_path / 'gemma')}", "--name", "merge-gemma"))
+    recipe = write_recipe("merge-g", base="merge-gemma", training={"steps": 1, "batch_size": 1, "max_length": 512})
+    gemma = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
+    before = {summary.name: len(AdapterRegistry().versions(summary.name)) for summary in AdapterRegistry().adapters()}
+    refusals = {
+        ("merge", a, gemma, "--as", "x"): "regraft migrate",
+        ("merge", a): "two versions or more",
+        ("merge", a, a): "given twice",
+        ("merge", a, b): "--as NAME",
+        ("merge", a, "merge-a@99"): "merge-a@99",
+        ("merge", a, other, "--method", "tis"): "ties",
+        ("merge", a, other, "--weight", "1"): "1 weights are given for 2",
+        ("merge", a, other, "--set", "densty=1", "--method", "ties"): "density",
+        ("merge", a, other, "--weight", "nan", "--weight", "1"): "weights",
+        ("merge", a, other, "--method", "ties", "--greedy"): "soup",
+        ("merge", a, other, "--greedy", "--weight", "1", "--weight", "2"): "uniform",
+        ("merge", a, other, "--promote", "production", "--no-evaluate"): "not measured",
+        ("merge", a, other, b, "--as", "x", "--method", "slerp", "--no-evaluate"): "two adapters",
+        ("merge", a, other, "--as", "../x"): "../x",
+    }
+    for command, told in refusals.items():
+        refused = run_here(*command)
+        assert refused.code not in (0, 70), command
+        assert told in " ".join(refused.err.split()), (command, refused.err)
+    after = {summary.name: len(AdapterRegistry().versions(summary.name)) for summary in AdapterRegistry().adapters()}
+    assert after == before
