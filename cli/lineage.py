@@ -44,7 +44,8 @@ def lineage(
             aliases = f" [green]{', '.join(node.aliases)}[/]" if node.aliases else ""
             name = f"[bold reverse]{node_address}[/]" if node_address == graph.subject else f"[bold]{node_address}[/]"
             came = f"[dim]{relation} →[/] " if relation else ""
-            return f"{came}{name}  {node.method} on {node.base}{aliases}"
+            kept = "".join(f" [dim]+ {relation.replace('_', ' ')}[/]" for relation in node.attachments)
+            return f"{came}{name}  {node.method} on {node.base}{aliases}{kept}"
 
         def grow(tree: Tree, parent: str) -> None:
             for child, relation in sorted(children.get(parent, [])):

@@ -60,8 +60,12 @@ def migrate(
       [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma-3-270m --watch[/]  (from another terminal)
       [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
     """
-    from cli.session import connect_flows, live_progress
+    from cli.session import connect_flows, live_progress, resumable
     from cli.train import overrides
+    from registry import AdapterRegistry
+
+    if address is not None and not all_:
+        AdapterRegistry().get(address)  # before anything heavy is imported
     from flows.suites import suites_for
 
     suites, changes = suites_for(task, 0, None), overrides(set_ or [])
@@ -84,7 +88,6 @@ def migrate(
         )
     from flows.migrate_adapter import migrate_adapter
     from flows.migration_plan import plan_migration
-    from registry import AdapterRegistry
     from training.migration.options import options_from
 
     version = AdapterRegistry().get(address)
@@ -105,7 +108,7 @@ def migrate(
     if queue:
         leave(migrate_adapter, f"{version.address} to {plan.target.name}", told, settings, as_json=as_json)
         return
-    with live_progress():
+    with live_progress(), resumable("The migration"):
         migration = migrate_adapter(**told)
     if as_json:
         print_json(migration)
@@ -116,9 +119,10 @@ def migrate(
 
 
 def _tell(migration: "Migration") -> None:
+    when = "by this very migration, made before" if migration.existed else f"in {migration.seconds:.0f} s"
     console.print(
         f"[bold green]✓[/] [bold]{migration.address}[/]  {migration.method} on {migration.base}, "
-        f"regrafted from [bold]{migration.source}[/] in {migration.seconds:.0f} s"
+        f"regrafted from [bold]{migration.source}[/] {when}"
     )
     dropped = ", ".join(f"{count} {reason}" for reason, count in migration.dropped.items() if count)
     kept = "not filtered" if migration.acceptance is None else f"{migration.acceptance:.0%} looked real"
@@ -178,6 +182,15 @@ def _not_with_all(**options: object) -> None:
 def _seeds(path: Path | None) -> "tuple[Example, ...]":
     if path is None:
         return ()
+    from infra.errors import InvalidInput, NotFound
     from training.data.sources import DataSource, read_examples
 
-    return tuple(read_examples(DataSource(file=path)))
+    if not path.is_file():
+        raise NotFound(f"{path} is not there.", "Check the path; it counts from the working directory.")
+    try:
+        examples = tuple(read_examples(DataSource(file=path)))
+    except InvalidInput as error:
+        raise InvalidInput(error.what, 'Write rows like {"prompt": "…", "completion": "…"}, one a line.') from None
+    if not examples:
+        raise InvalidInput(f"{path} holds no examples.", "Write a few rows of prompt and completion into it.")
+    return examples

@@ -1,5 +1,6 @@
 """What a command needs before it can run flows: a Prefect server to report to, and a sign of life while they do."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,29 @@ def live_progress() -> Iterator[None]:
 
     with _bars() if errors.is_terminal else nullcontext(_lines()) as show, listening(show):
         yield
+
+
+@contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM within it say that what is done is kept; a training within it says more precisely where it is.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    from infra.errors import Interrupted
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{what} was stopped; what is done is kept.", "The same command goes on from there."
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

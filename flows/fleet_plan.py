@@ -62,6 +62,7 @@ class FleetPlan(BaseModel):
     target: str
     estimate: str
     items: tuple[FleetItem, ...]
+    left_out: tuple[str, ...]
 
     @property
     def to_do(self) -> tuple[FleetItem, ...]:
@@ -104,19 +105,27 @@ def plan_fleet(
     kits = registry.attachments_on(old.name, MIGRATION_KIT)
     before = registry.edges_onto(new.name, MIGRATED)
     become = {edge.parent: edge.child for edge in before}
-    versions = _chosen(registry.search(base=old.name, state="ready"), alias)
-    pace = _pace(before)
+    found = registry.search(base=old.name, state="ready")
+    versions = _chosen(found, alias)
     items = [
-        _item(version, kits.get(version.address), become.get(version.address), options, old, new, pace, own_suites)
+        _item(version, kits.get(version.address), become.get(version.address), options, old, new, before, own_suites)
         for version in versions
     ]
-    if pace is not None:
-        estimate = f"{len(before)} earlier migrations to {new.name}"
+    if any(_pace(before, item.inputs) is not None for item in items):
+        estimate = f"earlier migrations to {new.name} of as many inputs"
     else:
         estimate = (
             f"the old adapters' own trainings, by the sizes of {old.name} and {new.name}; writing inputs excluded"
         )
-    return FleetPlan(source=old.name, target=new.name, estimate=estimate, items=tuple(sorted(items, key=_order)))
+    planned = {version.address for version in versions}
+    left_out = tuple(version.address for version in found if version.address not in planned)
+    return FleetPlan(
+        source=old.name,
+        target=new.name,
+        estimate=estimate,
+        items=tuple(sorted(items, key=_order)),
+        left_out=left_out,
+    )
 
 
 def _chosen(versions: Iterable[VersionRecord], alias: str | None) -> list[VersionRecord]:
@@ -138,7 +147,7 @@ def _item(
     options: FleetOptions,
     old: BaseModelRecord,
     new: BaseModelRecord,
-    pace: float | None,
+    before: Sequence[LineageEdgeRecord],
     own_suites: bool,
 ) -> FleetItem:
     chosen = options.on(version.recipe)
@@ -152,7 +161,7 @@ def _item(
     rows = int(kit.details["rows"]) if kit else MOST_INPUTS
     inputs = chosen.inputs or min(rows, MOST_INPUTS)
     seconds = version.metrics.get("seconds")
-    if pace is not None:
+    if (pace := _pace(before, inputs)) is not None:
         seconds = pace * inputs
     elif seconds is not None:
         seconds *= new.parameters / old.parameters
@@ -179,9 +188,13 @@ def _measured_on_training_data(recipe: Mapping[str, Any]) -> bool:
     )
 
 
-def _pace(before: Sequence[LineageEdgeRecord]) -> float | None:
-    """Seconds for each input, of the migrations that there were."""
-    known = [e.details["seconds"] / e.details["inputs"] for e in before if e.details.get("seconds")]
+def _pace(before: Sequence[LineageEdgeRecord], inputs: int) -> float | None:
+    """Seconds for each input, of the earlier migrations of about as many; small ones mostly load and measure."""
+    known = [
+        edge.details["seconds"] / edge.details["inputs"]
+        for edge in before
+        if edge.details.get("seconds") and 2 * edge.details["inputs"] >= inputs
+    ]
     return median(known) if known else None
 
 

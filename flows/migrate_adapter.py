@@ -89,7 +89,8 @@ class Link(BaseModel):
 class Migration(BaseModel):
     """What a migration made, and what was decided about it.
 
-    `chain` leads from the version that was trained to this one, where there is more than one migration between them.
+    `chain` leads from the version that was trained to this one, where there is more than one migration between them;
+    `existed` says that the very same migration had made it before.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -107,6 +108,7 @@ class Migration(BaseModel):
     chain: list[Link]
     passed: bool | None
     promotion: Promotion | None
+    existed: bool
     seconds: float
 
 
@@ -123,6 +125,8 @@ def migrate_adapter(
     pool: Path | None = None,
 ) -> Migration:
     """Move a version to another base model; a migration that was interrupted goes on where it was.
+
+    One that has been made before, by the same kit and settings, is not made again: its version is returned.
 
     The new version is registered whatever it is worth; `passed` says whether it may take the old one's place.
 
@@ -146,12 +150,16 @@ def migrate_adapter(
     began = time.monotonic()
     plan = plan_migration(address, target, options, seeds, suites, evaluate, name, promote_to)
     with exclusive(plan.workdir), shared_bases():
-        if plan.options.distillation.of == "logits":
-            _require_shared_vocabulary(plan)
-        written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
-        labelled, distilled = _label(plan, plan.chosen(written))
-        version, compared = _train_and_judge(plan, written, labelled, distilled, began)
-        shutil.rmtree(plan.workdir / "work", ignore_errors=True)
+        version = standing = _standing(plan)
+        if version is None:
+            if plan.options.distillation.of == "logits":
+                _require_shared_vocabulary(plan)
+            written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
+            labelled, distilled = _label(plan, plan.chosen(written))
+            version = _train_and_judge(plan, written, labelled, distilled, began)
+            shutil.rmtree(plan.workdir / "work", ignore_errors=True)
+    told = _told_of(plan.source.address, version.address)
+    compared = [Compared.model_validate(suite) for suite in told["compared"]]
     passed = all(suite.passed for suite in compared) if compared else None
     promotion = _promoted(plan, version) if passed else None
     rows = [{"suite": c.suite, "teacher": c.teacher[0], "bare": c.bare[0], "student": c.student[0]} for c in compared]
@@ -161,17 +169,38 @@ def migrate_adapter(
         address=version.address,
         base=plan.target.name,
         method=version.method,
-        inputs=len(labelled.examples),
-        written=written.written,
-        dropped={**written.dropped, "empty answer": labelled.empty, "run-on answer": labelled.run_on},
-        acceptance=written.acceptance,
+        inputs=told["inputs"],
+        written=told["written"],
+        dropped=told["dropped"],
+        acceptance=told["acceptance"],
         discriminator=plan.discriminator,
         compared=compared,
         chain=_chain(version.address, [suite.title for suite in plan.suites]),
         passed=passed,
         promotion=promotion,
+        existed=standing is not None,
         seconds=time.monotonic() - began,
     )
+
+
+def _standing(plan: Plan) -> VersionRecord | None:
+    """The version that this very migration has made before, to its end."""
+    registry = AdapterRegistry()
+    if (plan.workdir / "work").exists():
+        return None
+    for edge in registry.lineage(plan.source.address).edges:
+        same = edge.parent == plan.source.address and edge.details.get("plan") == plan.digest
+        if same and (edge.details["compared"] or not plan.suites):
+            version = registry.get(edge.child)
+            if version.state == "ready":
+                return version
+    return None
+
+
+def _told_of(source: str, address: str) -> dict[str, Any]:
+    """What the lineage remembers of the migration that made a version."""
+    edges = AdapterRegistry().lineage(address).edges
+    return dict(next(edge.details for edge in edges if (edge.parent, edge.child) == (source, address)))
 
 
 def _chain(address: str, suites: Sequence[str]) -> list[Link]:
@@ -276,7 +305,7 @@ def _label(plan: Plan, inputs: Sequence[str]) -> tuple[Labelled, Distilled | Non
 @task(task_run_name="train and judge", cache_policy=NO_CACHE)
 def _train_and_judge(
     plan: Plan, pool: Pool, labelled: Labelled, distilled: Distilled | None, began: float
-) -> tuple[VersionRecord, list[Compared]]:
+) -> VersionRecord:
     registry, settings, examples = AdapterRegistry(), get_settings(), plan.learnt(labelled)
     tags = {
         "regraft.base_model": plan.target.name,
@@ -351,7 +380,7 @@ def _train_and_judge(
     has_kit = registry.attachment(version.address, MIGRATION_KIT) is not None
     if plan.kit_directory is not None and plan.kit_record is not None and not has_kit:
         registry.attach(version.address, MIGRATION_KIT, plan.kit_directory, plan.kit_record.details)
-    return version, compared
+    return version
 
 
 def _registered(adapter: str, run_id: str) -> VersionRecord | None:
@@ -437,12 +466,14 @@ def _compared(
 def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Compared], began: float) -> dict[str, Any]:
     """What the lineage remembers of a migration."""
     return {
+        "plan": plan.digest,
         "kit": plan.kit_record.artifact_sha256 if plan.kit_record else None,
         "seeds": len(plan.seeds),
         "discriminator": plan.discriminator,
         "filtered": plan.filters,
         "acceptance": pool.acceptance,
         "written": pool.written,
+        "dropped": {**pool.dropped, "empty answer": labelled.empty, "run-on answer": labelled.run_on},
         "inputs": len(labelled.examples),
         "synthetic_fingerprint": fingerprint(plan.learnt(labelled)),
         "options": plan.options.model_dump(mode="json", exclude_none=True),

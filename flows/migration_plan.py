@@ -59,6 +59,11 @@ class Plan:
     @property
     def workdir(self) -> Path:
         """Where what is done so far lies; of these settings alone."""
+        return get_settings().runs / f"migrate-{self.source.adapter}-{self.source.number}-{self.digest}"
+
+    @property
+    def digest(self) -> str:
+        """Names all that decides what comes out."""
         told = [
             self.source.artifact_sha256,
             self.target.identity_sha256,
@@ -66,8 +71,7 @@ class Plan:
             self.kit_record.artifact_sha256 if self.kit_record else [[s.prompt, s.completion] for s in self.seeds],
             self.options.model_dump(mode="json"),
         ]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-        return get_settings().runs / f"migrate-{self.source.adapter}-{self.source.number}-{digest}"
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def filters(self) -> bool:

@@ -8,13 +8,16 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased
 
 from infra.errors import Conflict, InvalidInput
-from registry.models import Adapter, BaseModel, LineageEdge, Version, VersionState
+from registry.models import Adapter, Attachment, BaseModel, LineageEdge, Version, VersionState
 from registry.records import as_json
 
 
 @dataclass(frozen=True, slots=True)
 class LineageNode:
-    """One version in the family; `distance` is 0 for the one asked about, negative for ancestors."""
+    """One version in the family; `distance` is 0 for the one asked about, negative for ancestors.
+
+    `attachments` are the relations of what is stored with it: `migration_kit`.
+    """
 
     address: str
     base: str
@@ -22,6 +25,7 @@ class LineageNode:
     state: str
     aliases: tuple[str, ...]
     distance: int
+    attachments: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,11 @@ def graph_of(session: Session, version: Version) -> LineageGraph:
         .where(LineageEdge.child_id.in_(distances), LineageEdge.parent_id.in_(distances))
         .order_by(LineageEdge.parent_id, LineageEdge.child_id, LineageEdge.relation)
     )
+    attached: dict[int, set[str]] = {}
+    for version_id, relation in session.execute(
+        select(Attachment.version_id, Attachment.relation).where(Attachment.version_id.in_(distances), Attachment.ready)
+    ):
+        attached.setdefault(version_id, set()).add(relation)
     nodes = [
         LineageNode(
             row.address,
@@ -120,6 +129,7 @@ def graph_of(session: Session, version: Version) -> LineageGraph:
             row.state.value,
             tuple(alias.alias for alias in row.aliases),
             distances[row.id],
+            tuple(sorted(attached.get(row.id, ()))),
         )
         for row in rows
     ]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from infra.errors import Interrupted
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
-from tests.cli.conftest import WriteRecipe, run_here
+from tests.cli.conftest import WriteRecipe, ended, run_here, started
 from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
 from tests.tiny_models import save_tiny_gemma, save_tiny_llama, save_tiny_masked
@@ -276,6 +278,35 @@ def test_one_that_was_killed_when_its_version_stood_makes_no_second_one(
     assert len(AdapterRegistry().evaluations(left)) == 1
 
 
+def test_the_same_migration_again_is_not_made_again(migrated: dict[str, Any], source: str) -> None:
+    before = {version.address for version in AdapterRegistry().versions("evens")}
+    again = run_here("migrate", source, "--to", "migrate-new", "--no-filter", *SHORT)
+    told = json.loads(again.out)
+    assert told["existed"] and told["address"] == migrated["address"] and told["compared"] == migrated["compared"]
+    assert {version.address for version in AdapterRegistry().versions("evens")} == before
+
+
+def test_the_lineage_shows_who_has_a_kit(migrated: dict[str, Any], source: str) -> None:
+    nodes = json.loads(clean(run_here("lineage", source, "--json")))["nodes"]
+    kits = {node["address"]: node["attachments"] for node in nodes}
+    assert kits[source] == kits[migrated["address"]] == ["migration_kit"]
+    assert "+ migration kit" in clean(run_here("lineage", source, width=160))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_it_is_told_that_it_goes_on(source: str, number: signal.Signals) -> None:
+    process = started("migrate", source, "--to", "migrate-new", "--set", "seed=7", "--no-evaluate", *SHORT)
+    deadline = time.monotonic() + 120
+    while str(process.pid) not in {held.read_text() for held in get_settings().runs.glob("migrate-evens-*/*.pid")}:
+        assert process.poll() is None, ended(process).err
+        assert time.monotonic() < deadline, "it does not begin"
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    told = ended(process)
+    assert told.code == 130, told
+    assert "goes on" in " ".join(told.err.split())
+
+
 def label_nothing_new(*arguments: Any, **options: Any) -> Any:
     """As `label`, of inputs whose answers are all there."""
     return label(None, *arguments[1:], **options)  # type: ignore[arg-type]
@@ -283,6 +314,9 @@ def label_nothing_new(*arguments: Any, **options: Any) -> Any:
 
 def test_what_cannot_be_migrated_is_refused_before_any_work(source: str, tmp_path: Path) -> None:
     masked = save_tiny_masked(tmp_path / "masked")
+    empty, nameless = tmp_path / "empty.jsonl", tmp_path / "nameless.jsonl"
+    empty.touch()
+    nameless.write_text('{"question": "1", "answer": "2"}\n')
     for arguments, code, told in (
         (("nobody@1", "--to", "migrate-new"), 3, "There is no adapter"),
         ((source, "--to", "nowhere"), 3, "There is no base model"),
@@ -292,6 +326,9 @@ def test_what_cannot_be_migrated_is_refused_before_any_work(source: str, tmp_pat
         ((source, "--to", "migrate-new", "--set", "training.stesp=3"), 2, "training.stesp is not an option"),
         ((source, "--to", "migrate-new", "--set", "method.rnak=3"), 2, "rnak is not an option"),
         ((source, "--to", "migrate-new", "--promote", "v3"), 2, "v3"),
+        ((source, "--to", "migrate-new", "--seeds", str(empty)), 2, "holds no examples"),
+        ((source, "--to", "migrate-new", "--seeds", str(tmp_path / "none.jsonl")), 3, "is not there"),
+        ((source, "--to", "migrate-new", "--seeds", str(nameless)), 2, '{"prompt": "…", "completion": "…"}'),
         ((source, "--to", "migrate-new", "--promote", "best", "--no-evaluate"), 2, "that is not measured"),
         ((source, "--to", f"path:{masked}", "--no-evaluate"), 2, "writes no text"),
     ):

@@ -1,7 +1,10 @@
 """Sampled continuations of one prompt, many at a time; the prompt is read once."""
 
-from collections.abc import Callable, Collection
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from training.evaluation.prompt_cache import Ids, PromptCache, judging
 
+SECONDS_BETWEEN = 10.0  # of keeping what is under way
 MOST_DRAWS = 16  # of a token that turns out to lie outside the nucleus, before all are sorted
 BLOCK = 512  # tokens whose probabilities are summed up before anything is looked for among them
 
@@ -19,6 +23,46 @@ class Sampled:
 
     tokens: tuple[int, ...]
     ended: bool
+
+
+class Unfinished:
+    """Where a sampling that is under way is kept, so that one that was stopped goes on within its lists.
+
+    Args:
+        path: a file.
+        of: names what is sampled; a file of anything else does not count.
+    """
+
+    def __init__(self, path: Path, of: str) -> None:
+        self._path, self._of = path, of
+        self._due = time.monotonic() + SECONDS_BETWEEN
+
+    def read(self, generator: torch.Generator) -> tuple[list[list[int]], list[bool], list[int]] | None:
+        """Tokens written, which rows have ended, and which go on; the generator is put where it was. None: nothing."""
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if kept["of"] != self._of:
+            return None
+        generator.set_state(torch.tensor(list(bytes.fromhex(kept["generator"])), dtype=torch.uint8))
+        return kept["written"], kept["ended"], kept["active"]
+
+    def write(self, written: list[list[int]], ended: list[bool], active: list[int], generator: torch.Generator) -> None:
+        """Keep it, where the last time was long enough ago."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + SECONDS_BETWEEN
+        kept = {"of": self._of, "written": written, "ended": ended, "active": active}
+        kept["generator"] = bytes(generator.get_state().tolist()).hex()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial.write_text(json.dumps(kept), encoding="utf-8")
+        partial.replace(self._path)
+
+    def done(self) -> None:
+        """What was sampled is kept elsewhere."""
+        self._path.unlink(missing_ok=True)
 
 
 def sampled(
@@ -32,6 +76,7 @@ def sampled(
     top_p: float = 0.95,
     generator: torch.Generator,
     enough: Callable[[list[int]], bool] = lambda tokens: False,
+    unfinished: Unfinished | None = None,
 ) -> list[Sampled]:
     """`rows` continuations of `prompt`, by nucleus sampling (Holtzman et al., arXiv 1904.09751).
 
@@ -45,17 +90,18 @@ def sampled(
         top_p: probability of the smallest set of most probable tokens that is drawn from.
         generator: on the CPU, whatever the model is on.
         enough: told a continuation's tokens after each; stops it, as if cut off.
+        unfinished: where it is kept how far it is.
 
     Raises:
         InvalidInput: a prompt that is empty, or with `max_new_tokens` too long for the model.
     """
     with judging(model):
         cache = PromptCache(model, [prompt] * rows, max_new_tokens)
-        reading = cache.read([prompt] * rows) if cache.usable else _Rereading(model, prompt, rows)
-        written: list[list[int]] = [[] for _ in range(rows)]
-        ended = [False] * rows
-        active = list(range(rows))
-        for step in range(max_new_tokens):
+        before = unfinished.read(generator) if unfinished else None
+        written, ended, active = before or ([[] for _ in range(rows)], [False] * rows, list(range(rows)))
+        texts = [[*prompt, *written[row]] for row in active]  # of one length: all have gone the same steps
+        reading = cache.read(texts) if cache.usable else _Rereading(model, texts)
+        for step in range(len(written[active[0]]), max_new_tokens):
             tokens = nucleus(reading.logits, temperature, top_p, generator)
             going = []
             for place, token in enumerate(tokens.tolist()):
@@ -73,6 +119,8 @@ def sampled(
                 reading.select(left)
                 tokens, active = tokens[left], [active[place] for place in going]
             reading.step(tokens[:, None])
+            if unfinished:
+                unfinished.write(written, ended, active, generator)
     return [Sampled(tuple(tokens), end) for tokens, end in zip(written, ended, strict=True)]
 
 
@@ -134,10 +182,10 @@ def _above(blocks: Tensor, peaks: Tensor, rows: Tensor, bounds: Tensor) -> Tenso
 class _Rereading:
     """As a `Reading`, of a model without a KV cache: the whole text is read again at every step."""
 
-    def __init__(self, model: Any, prompt: Ids, rows: int) -> None:
+    def __init__(self, model: Any, texts: Sequence[Ids]) -> None:
         device = next(model.parameters()).device
         self._model = model
-        self._ids = torch.tensor([list(prompt)] * rows, device=device)
+        self._ids = torch.tensor([list(text) for text in texts], device=device)
         self.logits: Tensor = model(input_ids=self._ids).logits[:, -1]
 
     def select(self, rows: Tensor) -> None:

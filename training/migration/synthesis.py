@@ -23,7 +23,7 @@ from training.evaluation.evaluate import end_tokens
 from training.evaluation.prompt_cache import plain_model
 from training.migration.listing import listing, parse
 from training.migration.options import SynthesisOptions
-from training.migration.sampling import sampled
+from training.migration.sampling import Unfinished, sampled
 from training.migration.screening import Screen
 
 Margins = Callable[[Sequence[str]], Sequence[float]]
@@ -123,7 +123,8 @@ def synthesise(
         margins: says of inputs how real they look, above zero where they do.
         refusing: keep those alone; else keep all that pass the screen, with their margins.
         least: as few will do, once `PATIENCE` × `wanted` are written. Default: `wanted`.
-        kept_in: a file, one round a line; a synthesis that was stopped goes on from it.
+        kept_in: a file, one round a line; a synthesis that was stopped goes on from it, and from what is kept beside it
+            of the round that was under way.
         on_progress: told (kept, wanted, how many more are written of which it is not known yet).
 
     Raises:
@@ -152,12 +153,27 @@ def synthesise(
         if exhausted:
             raise _too_few(Pool((), (), tuple(rounds)), kept, least)
         rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
+        under_way = Unfinished(kept_in.with_name(f"{kept_in.stem}-{len(rounds)}.json"), origin) if kept_in else None
         made = _round(
-            model, tokenizer, name, seeds, len(rounds), rows, options, seed, screen, margins, refusing, tell_more
+            model,
+            tokenizer,
+            name,
+            seeds,
+            len(rounds),
+            rows,
+            options,
+            seed,
+            screen,
+            margins,
+            refusing,
+            tell_more,
+            under_way,
         )
         rounds.append(made)
         if kept_in is not None:
             _store(kept_in, origin, rounds)
+        if under_way is not None:
+            under_way.done()
     tell(wanted, wanted, "")
     inputs = [text for made in rounds for text in made.kept]
     looks = [margin for made in rounds for margin in made.margins]
@@ -177,6 +193,7 @@ def _round(
     margins: Margins | None,
     refusing: bool,
     tell_more: Callable[[str], None],
+    under_way: Unfinished | None,
 ) -> Round:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     shown = [seeds[place] for place in torch.randperm(len(seeds), generator=generator).tolist()]
@@ -206,6 +223,7 @@ def _round(
         top_p=options.top_p,
         generator=generator,
         enough=enough,
+        unfinished=under_way,
     ):
         found = parse(tokenizer.decode(continuation.tokens, skip_special_tokens=True), shown, ended=continuation.ended)
         made.written += len(found.items[:items])
@@ -255,9 +273,10 @@ def _too_few(pool: Pool, kept: int, wanted: int) -> RegraftError:
     refused = sum(len(made.refused) for made in pool.rounds)
     told += [f"{refused:,} did not look real"] if refused else []
     return RegraftError(
-        f"Of {pool.written:,} inputs that the model wrote, {kept:,} were kept; {wanted:,} are wanted "
-        f"({', '.join(told) or 'none was finished'}).",
-        "Ask for fewer, give more seeds, or allow more tries.",
+        f"Of {pool.written:,} inputs that the model finished, {kept:,} were kept; {wanted:,} are wanted "
+        f"(dropped: {', '.join(told) or 'none'}).",
+        "Ask for fewer, give more seeds, or allow more tries (synthesis.most_tries). A base model that finishes hardly "
+        "any is not up to the task.",
     )
 
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_built_leaves_nothing(tmp_path: Path, base: LoadedBase, m
             tmp_path / "kit", base, [], task="x", instruction="", options=OPTIONS, seed=0, workdir=tmp_path / "work"
         )
     monkeypatch.setattr("training.migration.synthesis.sampled", lambda *_, **__: [])
-    with pytest.raises(RegraftError, match="inputs that the model wrote"):
+    with pytest.raises(RegraftError, match="inputs that the model finished"):
         build(tmp_path / "kit", base)
     assert not (tmp_path / "kit").exists()
     (tmp_path / "full").mkdir()

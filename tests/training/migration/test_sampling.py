@@ -1,12 +1,15 @@
 """Sampled continuations: the right distribution, one prompt read once, each row as long as it goes."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from tests.tiny_models import tiny_gemma3, tiny_gpt2, tiny_llama
 from training.migration import sampling
-from training.migration.sampling import nucleus, sampled
+from training.migration.sampling import Sampled, Unfinished, nucleus, sampled
 
 PROMPT = [1, 40, 41, 42, 43, 44]
 
@@ -57,3 +60,34 @@ def test_a_seed_means_the_same_continuations_and_another_others() -> None:
         sampled(tiny_llama(), PROMPT, 3, max_new_tokens=8, ends=(), generator=generator(seed)) for seed in (0, 0, 1)
     )
     assert once == again != other
+
+
+@pytest.mark.parametrize("stopped_after", [1, 7, 19])
+def test_a_sampling_that_was_stopped_goes_on_to_the_same_continuations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+) -> None:
+    model, prompt = tiny_llama(), [5, 6, 7, 8]
+    monkeypatch.setattr(sampling, "SECONDS_BETWEEN", 0.0)
+
+    def continued(enough: Callable[[list[int]], bool], unfinished: Unfinished | None) -> list[Sampled]:
+        told = {"max_new_tokens": 20, "ends": [9, 30, 31], "enough": enough, "unfinished": unfinished}
+        return sampled(model, prompt, 6, generator=generator(3), **told)
+
+    def dies(tokens: list[int]) -> bool:
+        if len(tokens) > stopped_after:
+            raise KeyboardInterrupt
+        return False
+
+    whole = continued(lambda tokens: False, None)
+    with pytest.raises(KeyboardInterrupt):
+        continued(dies, Unfinished(tmp_path / "round.json", "these"))
+    longest = 0
+
+    def counts(tokens: list[int]) -> bool:
+        nonlocal longest
+        longest = longest or len(tokens)
+        return False
+
+    assert continued(counts, Unfinished(tmp_path / "round.json", "these")) == whole
+    assert longest == stopped_after + 1, "what was written is not written again"
+    assert continued(counts, Unfinished(tmp_path / "round.json", "others")) == whole

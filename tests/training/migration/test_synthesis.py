@@ -194,7 +194,7 @@ def test_a_discriminator_that_refuses_everything_ends_it_with_the_numbers(writer
 
 def test_a_model_that_finishes_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthesis, "sampled", lambda *_, **__: [Sampled((40, 41), False)])
-    with pytest.raises(RegraftError, match="Of 0 inputs that the model wrote"):
+    with pytest.raises(RegraftError, match="Of 0 inputs that the model finished"):
         run(10)
 
 
