@@ -35,22 +35,22 @@ def compress(
     """Store a version in as few bytes as its accuracy allows; the result is a version like any other.
 
     Every form is tried on validation items, the smallest within --max-loss is registered and measured on the version's
-    own suites. Loading, serving and migrating it need nothing else. Exit code 7: no form is within the allowed loss, or
-    the one that was chosen is not on the suites.
+    own suites. Loading, serving and migrating it need nothing else. Ctrl-C keeps what is measured. Exit code 7: no form
+    is within the allowed loss, or the one that was chosen is not on the suites.
 
     Examples:
       [bold]regraft compress counting@production[/]
       [bold]regraft compress counting@3 --codec compeft:density=0.05 --codec codebook:bits=1 --max-loss 0.02[/]
       [bold]regraft compress counting@3 --codec low_rank:energy=0.95+groups:bits=4 --promote production[/]
     """
-    from cli.session import connect_flows, live_progress
+    from cli.session import connect_flows, live_progress, resumable
     from flows.compress_adapter import WALK, compress_adapter, plan_compression
     from flows.suites import suites_for
 
     walk, suites = tuple(codec) if codec else WALK, suites_for(task, 0, None)
     plan = plan_compression(address, walk, max_loss, suites, name, promote)
     connect_flows()  # what needs no server has come first
-    with live_progress():
+    with live_progress(), resumable("The compression"):
         compression = compress_adapter(
             plan.source.address,
             walk,

@@ -1,5 +1,6 @@
 """Regraft: the smallest form of a version that is as good, less a little: walked, measured, registered as its child."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from registry.records import Parent, VersionRecord
 from training.compression.adapter import Compressed, compressed, dense_bytes
 from training.compression.steps import Steps, read_steps
 from training.compression.stored import write_compressed
+from training.data.example import fingerprint
 from training.evaluation.suite import Suite
 from training.merging.adapter import Adapter
 from training.migration.gate import Standing
@@ -199,27 +201,30 @@ def _walk(plan: CompressionPlan, adapter: Adapter, suites: Sequence[Prepared]) -
     dense, source = dense_bytes(adapter.tensors), plan.source
     stage = Stage(f"compress {source.address}: forms")
     stage(0, len(plan.walk))
-    before = _values(source, None, suites, source.address)
+    get_settings().runs.mkdir(parents=True, exist_ok=True)
+    values = _Values(source)
+    before = values.of(None, suites)
     found: list[tuple[Steps, int, list[float]]] = []
     for done, steps in enumerate(plan.walk):
-        chosen, form = _best(source, adapter, steps, suites)
-        found.append((chosen, len(form.data), _values(source, (form, chosen), suites, chosen.line)))
+        chosen, form = _best(values, adapter, steps, suites)
+        found.append((chosen, len(form.data), values.of((form, chosen), suites)))
         stage(done + 1, len(plan.walk), chosen.line)
+    values.done()
     forms = [
         Form(
             steps=steps.line,
             size_bytes=size,
             ratio=dense / size,
-            values=values,
+            values=own,
             passed=all(
                 Standing(suite.title, suite.metric, old, old, new).passes(plan.allowed_loss)
-                for suite, old, new in zip(suites, before, values, strict=True)
+                for suite, old, new in zip(suites, before, own, strict=True)
             ),
             on_front=not any(
-                other_size <= size and _score(suites, other) > _score(suites, values) for _, other_size, other in found
+                other_size <= size and _score(suites, other) > _score(suites, own) for _, other_size, other in found
             ),
         )
-        for steps, size, values in found
+        for steps, size, own in found
     ]
     return before, sorted(forms, key=lambda form: form.size_bytes)
 
@@ -228,31 +233,49 @@ def _score(suites: Sequence[Prepared], values: Sequence[float]) -> float:
     return fmean(better(suite.metric, value) for suite, value in zip(suites, values, strict=True))
 
 
-def _best(
-    source: VersionRecord, adapter: Adapter, steps: Steps, suites: Sequence[Prepared]
-) -> tuple[Steps, Compressed]:
+def _best(values: "_Values", adapter: Adapter, steps: Steps, suites: Sequence[Prepared]) -> tuple[Steps, Compressed]:
     """The form; where α is left open, the one of the paper's by which the right answers are most probable."""
-    with base_of(source) as base:
+    with base_of(values.source) as base:
         own = dict(base.model.state_dict())
     if not steps.open_alpha:
         return steps, compressed(adapter, steps, own)
     likelihoods = [replace(suite, metric="perplexity", shots=()) for suite in suites]
     tried = [(with_alpha, compressed(adapter, with_alpha, own)) for with_alpha in map(steps.with_alpha, ALPHAS)]
-    costs = [sum(map(log, _values(source, (form, line), likelihoods, line.line))) for line, form in tried]
+    costs = [sum(map(log, values.of((form, line), likelihoods))) for line, form in tried]
     return tried[costs.index(min(costs))]
 
 
-def _values(
-    source: VersionRecord, form: tuple[Compressed, Steps] | None, suites: Sequence[Prepared], title: str
-) -> list[float]:
-    """What a form measures, or the version itself, loaded as it would be from the registry."""
-    with TemporaryDirectory(dir=get_settings().runs, prefix="form-") as scratch:
-        if form is not None:
-            write_compressed(Path(scratch), form[0].config, form[1].line, form[0].data)
-        with attached(source, Path(scratch) if form else None) as (adapted, base):
-            return [
-                run_suite(f"{title}: {suite.title}", adapted.model, base.tokenizer, suite).value for suite in suites
-            ]
+class _Values:
+    """What forms of a version measure; kept in a file, so that a walk that was stopped goes on."""
+
+    def __init__(self, source: VersionRecord) -> None:
+        self.source = source
+        self._path = get_settings().runs / f"compress-{source.artifact_sha256[:16]}.json"
+        self._known: dict[str, list[float]] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def of(self, form: tuple[Compressed, Steps] | None, suites: Sequence[Prepared]) -> list[float]:
+        """Of a form, or of the version itself where there is none, loaded as it would be from the registry."""
+        title = form[1].line if form else self.source.address
+        key = " ".join([title, *(f"{suite.metric}:{fingerprint(suite.examples)}" for suite in suites)])
+        if key not in self._known:
+            self._known[key] = self._measured(form, suites, title)
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._known))
+            partial.replace(self._path)
+        return self._known[key]
+
+    def done(self) -> None:
+        """The walk has come to its end."""
+        self._path.unlink(missing_ok=True)
+
+    def _measured(self, form: tuple[Compressed, Steps] | None, suites: Sequence[Prepared], title: str) -> list[float]:
+        with TemporaryDirectory(dir=self._path.parent, prefix="form-") as scratch:
+            if form is not None:
+                write_compressed(Path(scratch), form[0].config, form[1].line, form[0].data)
+            with attached(self.source, Path(scratch) if form else None) as (adapted, base):
+                return [
+                    run_suite(f"{title}: {suite.title}", adapted.model, base.tokenizer, suite).value for suite in suites
+                ]
 
 
 @task(task_run_name="register {chosen.steps}", cache_policy=NO_CACHE)
