@@ -8,6 +8,7 @@ checkpoint holds (adapter, optimiser, schedule and random states, none of it pic
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from infra.errors import RegraftError
 from training.checkpoints import Checkpoints
+from training.compression.quantised_training import QuantisedTraining
 from training.data.batching import Collate
 from training.data.encoding import Encoded
 from training.interruption import Interruption
@@ -49,6 +51,7 @@ class Engine(Trainer):
         early_stopping: validations without improvement after which it ends, or None.
         interruption: says when to stop.
         on_event: hears of every step, on the first process.
+        quantised: where the adapter is trained as it will be stored.
     """
 
     control: TrainerControl
@@ -68,6 +71,7 @@ class Engine(Trainer):
         early_stopping: int | None,
         interruption: Interruption,
         on_event: OnEvent,
+        quantised: QuantisedTraining | None = None,
     ) -> None:
         super().__init__(
             model=adapted.model,
@@ -85,6 +89,7 @@ class Engine(Trainer):
         self.early_stopping = early_stopping
         self.interruption = interruption
         self.on_event = on_event
+        self.quantised = quantised
         self.best: dict[str, Tensor] = {}
         self._learning_rate = 0.0
         self._uncounted = torch.zeros(2, dtype=torch.int64, device=arguments.device)  # labelled, read
@@ -104,12 +109,18 @@ class Engine(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Forward and backward of one micro-batch, without the engine's walk over all modules to set their mode."""
-        loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
+        with self._as_stored():
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
         return loss.detach()
+
+    def _as_stored(self) -> AbstractContextManager[None]:
+        return self.quantised.in_force() if self.quantised else nullcontext()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         del model  # most of its parameters are frozen
+        if self.quantised:
+            self.quantised.pass_gradients_through()
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
 
@@ -144,7 +155,7 @@ class Engine(Trainer):
         judged = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         size = self.args.per_device_eval_batch_size
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._as_stored():
             for first in range(0, len(self.eval_dataset), size * self.args.world_size):
                 start = first + size * self.args.process_index
                 mine = self.eval_dataset[start : start + size]

@@ -43,6 +43,9 @@ class TrainingOptions(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPU, else float32."
     )
+    adapter_bits: Literal[1, 2, 4, 8] | None = Field(
+        None, description="Train the adapter's matrices as a codebook file of so many bits stores them."
+    )
     validate_every: Positive | None = Field(None, description="Steps between validation losses.")
     early_stopping: Positive | None = Field(None, description="Stop after so many validations without improvement.")
     checkpoint_every: Positive = Field(50, description="Steps between checkpoints from which a killed run resumes.")

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from infra.errors import Interrupted, InvalidInput, RegraftError
 from infra.settings import get_settings
 from training.checkpoints import Checkpoint, Checkpoints, checkpoints_directory, exclusive
+from training.compression.quantised_training import QuantisedTraining
 from training.data.batching import Collate, Packing, Padding
 from training.data.encoding import Encoded, encode, encode_masked
 from training.data.example import Example
@@ -221,6 +222,9 @@ def train(
                 padding,
                 collate,
             )
+        quantised = QuantisedTraining(adapted.trainable(), options.adapter_bits) if options.adapter_bits else None
+        if quantised:
+            quantised.start(seed)
         checkpoints = Checkpoints(checkpoints_directory(workdir), run)
         found = checkpoints.newest()
         engine = Engine(
@@ -235,6 +239,7 @@ def train(
             early_stopping=options.early_stopping,
             interruption=interruption,
             on_event=on_event,
+            quantised=quantised,
         )
         try:
             return _run(engine, found, total_steps(options, len(examples)))
@@ -276,6 +281,8 @@ def _run(engine: Engine, found: Checkpoint | None, total: int) -> TrainingOutcom
     best_step = progress.best[0] if engine.best and progress.best else None
     if engine.best:
         engine.adapted.restore(engine.best)
+    if engine.quantised:
+        engine.quantised.settle()
     return TrainingOutcome(
         steps=steps,
         losses=tuple(progress.losses),
