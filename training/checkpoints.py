@@ -157,7 +157,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
     except Timeout:
         pid = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
         raise Conflict(
-            f"Another process ({pid}) is at work in {workdir}.",
+            f"Another run (process {pid}) is at work in {workdir}.",
             f"Wait for it, or stop it: kill -INT {pid} (it can be resumed).",
         ) from None
     try:

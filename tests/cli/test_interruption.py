@@ -90,7 +90,7 @@ def test_ctrl_c_registers_nothing_and_the_same_command_goes_on_to_the_same_tenso
 
     twice = run_here("train", str(recipe), "--no-evaluate")
     assert twice.code == 4
-    assert f"Another process ({process.pid}) is at work" in twice.err
+    assert f"Another run (process {process.pid}) is at work" in twice.err
     assert twice.err.count("\n") == 2
     beside = trained(write_recipe("stopped", training={**TRAINING, "steps": 1}))  # another recipe of the same adapter
     assert beside["address"] == "stopped@1"
