@@ -55,10 +55,10 @@ def migrate(
     the rest, what has moved already is left alone, and a page with all numbers is written at the end.
 
     Examples:
-      [bold]regraft migrate counting@3 --to gemma-3-270m[/]
-      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma-3-270m --dry-run[/]
-      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma-3-270m --watch[/]  (from another terminal)
-      [bold]regraft migrate counting@production --to gemma-3-270m --method dora --promote production[/]
+      [bold]regraft migrate counting@3 --to gemma3-270m[/]
+      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma3-270m --dry-run[/]
+      [bold]regraft migrate --all --from smollm2-135m-instruct --to gemma3-270m --watch[/]  (from another terminal)
+      [bold]regraft migrate counting@production --to gemma3-270m --method dora --promote production[/]
     """
     from cli.session import connect_flows, live_progress, resumable
     from cli.train import overrides

@@ -23,6 +23,7 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from flows.attached import attached
 from flows.evaluate_adapter import record_result, run_suite
 from flows.gpu import gpu_slot
 from flows.migration_plan import MIGRATED, Plan, generation_of, plan_migration
@@ -37,7 +38,7 @@ from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
 from registry.records import DatasetRecord, Parent, VersionRecord
-from training.adapter_files import attach_stored, write_adapter
+from training.adapter_files import write_adapter
 from training.base_models import LoadedBase
 from training.checkpoints import exclusive
 from training.data.example import Example, fingerprint
@@ -400,24 +401,22 @@ def _bare(reference: str, recipe: Recipe) -> Iterator[LoadedBase]:
         shared_bases() as bases,
         bases.lend(reference, cache=settings.base_models, dtype=dtype, device=device, own=changed) as base,
     ):
-        if base.tokenizer is None:
-            raise InvalidInput(f"{reference} has no tokenizer.", "Bring its tokenizer's files back beside its weights.")
-        if is_masked_lm(base.model):
-            raise InvalidInput(
-                f"{reference} is a masked language model: it writes no text.", "Name another base model."
-            )
+        _require_writer(base, reference)
         yield base
+
+
+def _require_writer(base: LoadedBase, reference: str) -> None:
+    if base.tokenizer is None:
+        raise InvalidInput(f"{reference} has no tokenizer.", "Bring its tokenizer's files back beside its weights.")
+    if is_masked_lm(base.model):
+        raise InvalidInput(f"{reference} is a masked language model: it writes no text.", "Name another base model.")
 
 
 @contextmanager
 def _teacher(plan: Plan) -> Iterator[tuple[nn.Module, Any]]:
     """The source base with the old adapter in force, and its tokenizer; every byte of both is checked."""
-    registry = AdapterRegistry()
-    with _bare(plan.source.base.reference, plan.recipe) as base:
-        registry.require_base(plan.source, base.identity.sha256)
-        directory = registry.materialise(plan.source.address)
-        adapted = attach_stored(base.model, directory, base_identity=base.identity.sha256)
-        adapted.model.eval()
+    with attached(plan.source) as (adapted, base):
+        _require_writer(base, plan.source.base.reference)
         yield adapted.model, base.tokenizer
 
 

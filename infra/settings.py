@@ -6,6 +6,7 @@ else the nearest one from the working directory upwards, else `$REGRAFT_HOME/reg
 
 import getpass
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +67,6 @@ class Settings(BaseSettings):
     prefect_api_url: str | None = Field(None, description="A Prefect server. Default: one local server, on demand.")
     ray: str | None = Field(
         None,
-        pattern=r"^(local:[1-9]\d*|auto|ray://.+)$",
         description="A Ray cluster that a fleet's migrations are spread over: local:2 (so many worker processes here), "
         "auto, or ray://HOST:10001. Default: one after the other, in one process.",
     )
@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads for training. Default: torch's choice.")
     actor: str = Field(default_factory=lambda: _logged_in_as(), description="Named in audit logs.")
+
+    @field_validator("ray")
+    @classmethod
+    def _is_a_cluster(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"local:[1-9]\d*|auto|ray://.+", value):
+            raise ValueError("give local:N, auto or ray://HOST:PORT")
+        return value
 
     @field_validator("protected_aliases", mode="before")
     @classmethod
