@@ -50,6 +50,7 @@ WALK = (
     "compeft:density=0.1",
     "compeft:density=0.05",
 )
+ALPHA_ITEMS = 64  # of each suite, by which α is chosen: likelihoods tell more apart than right and wrong
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the paper's
 
 
@@ -239,7 +240,9 @@ def _best(values: "_Values", adapter: Adapter, steps: Steps, suites: Sequence[Pr
         own = dict(base.model.state_dict())
     if not steps.open_alpha:
         return steps, compressed(adapter, steps, own)
-    likelihoods = [replace(suite, metric="perplexity", shots=()) for suite in suites]
+    likelihoods = [
+        replace(suite, metric="perplexity", shots=(), examples=suite.examples[:ALPHA_ITEMS]) for suite in suites
+    ]
     tried = [(with_alpha, compressed(adapter, with_alpha, own)) for with_alpha in map(steps.with_alpha, ALPHAS)]
     costs = [sum(map(log, values.of((form, line), likelihoods))) for line, form in tried]
     return tried[costs.index(min(costs))]
