@@ -39,7 +39,7 @@ def report(found: dict[str, Any]) -> None:
         if form["steps"].startswith("compeft"):
             density = float(form["steps"].partition("density=")[2].partition(",")[0])
             least = entropy_bits(density, elements) / 8
-            bound = f"{least:,.0f} (+{form['size_bytes'] / least - 1:.1%})"
+            bound = f"{least:,.0f} ({form['size_bytes'] / least - 1:+.1%})"
             claim = f"ComPEFT file at density {density:g}, header included"
             rows.append(Row(claim, form["size_bytes"], least, "entropy", "bytes", 1.03, "lower"))
         lines.append(

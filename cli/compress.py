@@ -18,7 +18,7 @@ def compress(
         typer.Option(
             metavar="STEPS",
             help="A form to try; may be given more than once. compeft:density=0.1, groups:bits=4, codebook:bits=1, or "
-            "a LoRA cut first: low_rank:rank=4+groups:bits=8. Default: ten of them, from 2 to 50 times smaller.",
+            "a LoRA cut first: low_rank:rank=4+groups:bits=8. Default: a dozen, from 2 to 50 times smaller.",
         ),
     ] = None,
     max_loss: Annotated[
@@ -44,10 +44,10 @@ def compress(
       [bold]regraft compress counting@3 --codec low_rank:energy=0.95+groups:bits=4 --promote production[/]
     """
     from cli.session import connect_flows, live_progress, resumable
-    from flows.compress_adapter import WALK, compress_adapter, plan_compression
+    from flows.compress_adapter import compress_adapter, plan_compression
     from flows.suites import suites_for
 
-    walk, suites = tuple(codec) if codec else WALK, suites_for(task, 0, None)
+    walk, suites = tuple(codec or ()), suites_for(task, 0, None)
     plan = plan_compression(address, walk, max_loss, suites, name, promote)
     connect_flows()  # what needs no server has come first
     with live_progress(), resumable("The compression"):

@@ -50,6 +50,13 @@ WALK = (
     "compeft:density=0.1",
     "compeft:density=0.05",
 )
+WALK_OF_LORAS = (  # an energy of nearly 1 only makes A and B equally large, or all that is kept would be A's
+    "low_rank:energy=0.95+groups:bits=4,size=128",
+    "low_rank:energy=0.8+groups:bits=4,size=128",
+    "low_rank:energy=0.6+groups:bits=4,size=128",
+    "low_rank:energy=0.9999+compeft:density=0.3",
+    "low_rank:energy=0.9999+compeft:density=0.2",
+)
 ALPHA_ITEMS = 64  # of each suite, by which α is chosen: likelihoods tell more apart than right and wrong
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the paper's
 
@@ -113,7 +120,7 @@ class CompressionPlan:
 @flow(name="compress-adapter", flow_run_name="compress {address}", on_failure=[cancel_if_interrupted])
 def compress_adapter(
     address: str,
-    walk: tuple[str, ...] = WALK,
+    walk: tuple[str, ...] = (),
     allowed_loss: float = 0.01,
     suites: tuple[Suite, ...] = (),
     samples: int = 200,
@@ -127,7 +134,8 @@ def compress_adapter(
     Args:
         address: the version to compress.
         walk: the forms to try, as `training.compression.steps.read_steps` reads them; of a `compeft` that names no
-            `alpha` the one is taken, of the paper's, at which the validation answers are most probable.
+            `alpha` the one is taken, of the paper's, at which the validation answers are most probable. None given:
+            `WALK`, and of a LoRA `WALK_OF_LORAS`.
         allowed_loss: accuracy that may be lost; of perplexity, the share that it may grow by.
         suites: to measure on. None given: those of the version's recipe.
         samples: validation items of each suite, at most.
@@ -187,10 +195,8 @@ def plan_compression(
         raise InvalidInput(
             f"{source.address} has no suite by which to judge what compression costs.", "Name a task: --task NAME"
         )
-    lines = dict.fromkeys(walk or WALK)
-    return CompressionPlan(
-        source, adapter_name(name or source.adapter), tuple(map(read_steps, lines)), asked, allowed_loss
-    )
+    steps = tuple(map(read_steps, dict.fromkeys(walk)))
+    return CompressionPlan(source, adapter_name(name or source.adapter), steps, asked, allowed_loss)
 
 
 def _validation(suites: Sequence[Suite], samples: int) -> list[Suite]:
@@ -200,16 +206,18 @@ def _validation(suites: Sequence[Suite], samples: int) -> list[Suite]:
 def _walk(plan: CompressionPlan, adapter: Adapter, suites: Sequence[Prepared]) -> tuple[list[float], list[Form]]:
     """What the version measures, and every form with what it measures, smallest first."""
     dense, source = dense_bytes(adapter.tensors), plan.source
+    is_lora = adapter.kind == "LORA" and not adapter.config.get("use_dora")
+    walk = plan.walk or tuple(map(read_steps, WALK + (WALK_OF_LORAS if is_lora else ())))
     stage = Stage(f"compress {source.address}: forms")
-    stage(0, len(plan.walk))
+    stage(0, len(walk))
     get_settings().runs.mkdir(parents=True, exist_ok=True)
     values = _Values(source)
     before = values.of(None, suites)
     found: list[tuple[Steps, int, list[float]]] = []
-    for done, steps in enumerate(plan.walk):
+    for done, steps in enumerate(walk):
         chosen, form = _best(values, adapter, steps, suites)
         found.append((chosen, len(form.data), values.of((form, chosen), suites)))
-        stage(done + 1, len(plan.walk), chosen.line)
+        stage(done + 1, len(walk), chosen.line)
     values.done()
     forms = [
         Form(
