@@ -15,6 +15,7 @@ from cli import (
     database,
     demo,
     evaluate,
+    federate,
     generate,
     kit,
     lineage,
@@ -48,6 +49,7 @@ RUN = "Schedules and services"
 
 app.command("demo", rich_help_panel=WORK)(demo.demo)
 app.command("train", rich_help_panel=WORK)(train.train)
+app.command("federate", rich_help_panel=WORK)(federate.federate)
 app.command("evaluate", rich_help_panel=WORK)(evaluate.evaluate)
 app.command("generate", rich_help_panel=WORK)(generate.generate)
 app.add_typer(methods.app, name="methods", rich_help_panel=WORK)

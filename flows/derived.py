@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,17 +12,20 @@ from flows.evaluate_adapter import record_result, run_suite
 from flows.suites import Prepared, default_suites, prepare
 from infra.settings import get_settings
 from registry import AdapterRegistry
-from registry.records import Parent, VersionRecord
+from registry.records import BaseModelRecord, Parent, VersionRecord
 from serving.loading import recipe_of
-from training.adapter_files import read_adapter, verify, write_adapter
+from training.adapter_files import attach_stored, read_adapter, verify, write_adapter
 from training.base_models import LoadedBase
 from training.data.example import fingerprint
+from training.device import base_dtype, best_device
 from training.evaluation.result import EvaluationResult
 from training.evaluation.suite import Suite
 from training.merging.adapter import Adapter
+from training.methods.catalog import get_method
 from training.methods.contract import stored_config, stored_tensors
 from training.migration.gate import LOWER_IS_BETTER
 from training.objectives.of_model import is_masked_lm
+from training.shared_bases import shared_bases
 
 
 class Number(BaseModel):
@@ -93,12 +97,27 @@ def register_derived(
         parents: what it is made of, and how.
         metrics: of the making.
     """
-    settings, recipe = get_settings(), recipe_of(first)
+    recipe = recipe_of(first)
     made_of = tuple(parent.address for parent in parents)
     if recipe is None:
-        stored = {"origin": {"made_of": list(made_of)}}
+        stored: dict[str, Any] = {"origin": {"made_of": list(made_of)}}
     else:
         stored = recipe.model_copy(update={"adapter": name, "migrated_from": None, "made_of": made_of}).as_stored()
+    return register_made(name, first.base, stored, first.task, first.description, save, parents, metrics)
+
+
+def register_made(
+    name: str,
+    base: BaseModelRecord,
+    recipe: dict[str, Any],
+    task: str | None,
+    description: str | None,
+    save: Callable[[Path], None],
+    parents: Sequence[Parent],
+    metrics: Mapping[str, float],
+) -> VersionRecord:
+    """Register what `save` writes for a base model, once it is seen to load on it. See `register_derived`."""
+    settings = get_settings()
     settings.runs.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
         plain, directory = Path(scratch) / "plain", Path(scratch) / "adapter"
@@ -108,22 +127,33 @@ def register_derived(
             directory,
             save,
             method_name=method,
-            base_identity=first.base.identity_sha256,
-            base_reference=first.base.reference,
-            recipe=stored,
+            base_identity=base.identity_sha256,
+            base_reference=base.reference,
+            recipe=recipe,
             metrics=dict(metrics),
         )
-        with attached(first, directory) as (adapted, _):
+        device, own = best_device(), get_method(method).card.changes_base
+        with (
+            shared_bases() as bases,
+            bases.lend(
+                base.reference,
+                cache=settings.base_models,
+                dtype=base_dtype(device, trained=own),
+                device=device,
+                own=own,
+            ) as loaded,
+        ):
+            adapted = attach_stored(loaded.model, directory, base_identity=loaded.identity.sha256)
             parameters = sum(tensor.numel() for tensor in adapted.tensors().values())
         return AdapterRegistry().register_version(
             name,
             directory,
-            base_identity=first.base.identity_sha256,
+            base_identity=base.identity_sha256,
             method=method,
-            recipe=stored,
+            recipe=recipe,
             trainable_parameters=parameters,
-            task=first.task,
-            description=first.description,
+            task=task,
+            description=description,
             metrics=metrics,
             parents=parents,
         )

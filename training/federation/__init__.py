@@ -1,0 +1,1 @@
+"""Training on data that stay where they are: shards of clients, and what a server makes of their LoRAs."""

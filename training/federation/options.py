@@ -1,0 +1,33 @@
+"""What a federation can be told."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.documents import Section
+
+
+class FederationOptions(Section):
+    """How many train, how long, how alike their data are, and what the server makes of it.
+
+    Defaults are those of FLoRA's heterogeneous experiment (arXiv 2409.05976, section 4).
+    """
+
+    clients: int = Field(10, ge=2, description="How many the training data are parted among.")
+    ranks: tuple[int, ...] = Field(
+        (64, 32, 16, 16, 8, 8, 4, 4, 4, 4), min_length=1, description="Of their LoRAs, in turn; α is twice the rank."
+    )
+    rounds: int = Field(3, ge=1, description="How often clients train and the server gathers.")
+    skew: float = Field(
+        0.5,
+        gt=0,
+        description="Concentration of the Dirichlet distribution that parts each answer's examples: small "
+        "for clients that are unlike, large for alike ones.",
+    )
+    aggregation: Literal["stack", "average"] = Field(
+        "stack",
+        description="stack: the exact mean of the updates (FLoRA); average: of the factors, padded with zeros "
+        "(FedAvg), to compare with.",
+    )
+    rank: int | None = Field(None, ge=1, description="Cut the global adapter to this rank after each round.")
+    least: int = Field(1, ge=1, description="Clients that must have come through for a round to count.")
