@@ -172,7 +172,7 @@ def migrate_adapter(
         method=version.method,
         inputs=told["inputs"],
         written=told["written"],
-        dropped=told["dropped"],
+        dropped=told.get("dropped", {}),
         acceptance=told["acceptance"],
         discriminator=plan.discriminator,
         compared=compared,

@@ -109,7 +109,7 @@ def test_refusals_come_before_any_work_and_register_nothing(
     versions: list[str], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     a, other, b = versions
-    clean(run_here("base", "add", f"path:{save_tiny_gemma(tmp_path / 'gemma')}", "--name", "merge-gemma"))
+    clean(run_here("base", "add", f"path:{save_tiny_gemma(tmp_path / 'gemma', seed=92)}", "--name", "merge-gemma"))
     recipe = write_recipe("merge-g", base="merge-gemma", training={"steps": 1, "batch_size": 1, "max_length": 512})
     gemma = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
     before = {summary.name: len(AdapterRegistry().versions(summary.name)) for summary in AdapterRegistry().adapters()}

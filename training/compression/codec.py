@@ -26,7 +26,7 @@ class Codec(ABC, Generic[Options]):
     """A lossy representation of floating-point tensors.
 
     What `unpack` gives is the codec's own kind of values: packing those again with the same options gives back exactly
-    them.
+    them; but for a codebook of 256 levels, which are too many to be recognised always.
     """
 
     name: ClassVar[str]
