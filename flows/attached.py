@@ -6,14 +6,26 @@ from pathlib import Path
 
 from infra.settings import get_settings
 from registry import AdapterRegistry
-from registry.records import VersionRecord
+from registry.records import BaseModelRecord, VersionRecord
 from serving.loading import recipe_of
 from training.adapter_files import attach_stored, read_adapter
 from training.base_models import LoadedBase
-from training.device import base_dtype, best_device
+from training.device import Precision, base_dtype, best_device
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
 from training.shared_bases import shared_bases
+
+
+@contextmanager
+def lent(base: BaseModelRecord, method: str, precision: Precision) -> Iterator[LoadedBase]:
+    """A bare base model, in the precision and of the ownership that adapters of `method` need."""
+    changed, device = get_method(method).card.changes_base, best_device()
+    dtype, cache = base_dtype(device, precision, trained=changed), get_settings().base_models
+    with (
+        shared_bases() as bases,
+        bases.lend(base.reference, cache=cache, dtype=dtype, device=device, own=changed) as loaded,
+    ):
+        yield loaded
 
 
 @contextmanager
@@ -27,13 +39,8 @@ def base_of(version: VersionRecord, method: str | None = None) -> Iterator[Loade
     Raises:
         BaseModelMismatch: the base's reference leads to another model today.
     """
-    recipe, changed = recipe_of(version), get_method(method or version.method).card.changes_base
-    device, settings = best_device(), get_settings()
-    dtype = base_dtype(device, recipe.training.precision if recipe else "auto", trained=changed)
-    with (
-        shared_bases() as bases,
-        bases.lend(version.base.reference, cache=settings.base_models, dtype=dtype, device=device, own=changed) as base,
-    ):
+    recipe = recipe_of(version)
+    with lent(version.base, method or version.method, recipe.training.precision if recipe else "auto") as base:
         AdapterRegistry().require_base(version, base.identity.sha256)
         yield base
 

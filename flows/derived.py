@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.attached import attached
+from flows.attached import attached, base_of, lent
 from flows.evaluate_adapter import record_result, run_suite
 from flows.suites import Prepared, default_suites, prepare
 from infra.settings import get_settings
@@ -17,15 +17,11 @@ from serving.loading import recipe_of
 from training.adapter_files import attach_stored, read_adapter, verify, write_adapter
 from training.base_models import LoadedBase
 from training.data.example import fingerprint
-from training.device import base_dtype, best_device
-from training.evaluation.result import EvaluationResult
 from training.evaluation.suite import Suite
 from training.merging.adapter import Adapter
-from training.methods.catalog import get_method
 from training.methods.contract import stored_config, stored_tensors
 from training.migration.gate import LOWER_IS_BETTER
 from training.objectives.of_model import is_masked_lm
-from training.shared_bases import shared_bases
 
 
 class Number(BaseModel):
@@ -69,8 +65,8 @@ def suites_of(versions: Sequence[VersionRecord], chosen: Sequence[Suite]) -> tup
 
 def drawn(suites: Sequence[Suite], version: VersionRecord) -> list[Prepared]:
     """The suites with their items; those of no task mean the data of the version's recipe."""
-    with attached(version) as (adapted, _):
-        masked = is_masked_lm(adapted.model)
+    with base_of(version) as base:
+        masked = is_masked_lm(base.model)
     return [prepare(suite, recipe_of(version), masked) for suite in suites]
 
 
@@ -120,29 +116,17 @@ def register_made(
     settings = get_settings()
     settings.runs.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
-        plain, directory = Path(scratch) / "plain", Path(scratch) / "adapter"
-        save(plain)
-        method = read_adapter(plain).method
-        write_adapter(
+        directory = Path(scratch) / "adapter"
+        method = write_adapter(
             directory,
             save,
-            method_name=method,
+            method_name=None,
             base_identity=base.identity_sha256,
             base_reference=base.reference,
             recipe=recipe,
             metrics=dict(metrics),
-        )
-        device, own = best_device(), get_method(method).card.changes_base
-        with (
-            shared_bases() as bases,
-            bases.lend(
-                base.reference,
-                cache=settings.base_models,
-                dtype=base_dtype(device, trained=own),
-                device=device,
-                own=own,
-            ) as loaded,
-        ):
+        ).method
+        with lent(base, method, recipe.get("training", {}).get("precision", "auto")) as loaded:
             adapted = attach_stored(loaded.model, directory, base_identity=loaded.identity.sha256)
             parameters = sum(tensor.numel() for tensor in adapted.tensors().values())
         return AdapterRegistry().register_version(
@@ -174,11 +158,6 @@ def measured(version: VersionRecord, parents: Sequence[VersionRecord], suites: S
     ]
 
 
-def number(result: EvaluationResult) -> Number:
-    """A result's value with its interval."""
-    return Number(value=result.value, low=result.low, high=result.high)
-
-
 def better(metric: str, value: float) -> float:
     """The value as a score of which more is better."""
     return -value if metric in LOWER_IS_BETTER else value
@@ -197,5 +176,5 @@ def _results(version: VersionRecord, suites: Sequence[Prepared]) -> list[Number]
                 if key not in known:
                     found = run_suite(f"{version.address}: {suite.title}", adapted.model, base.tokenizer, suite)
                     record_result(registry, version.address, suite.title, found)
-                    known[key] = number(found)
+                    known[key] = Number(value=found.value, low=found.low, high=found.high)
     return [known[key] for key in keys]

@@ -73,7 +73,7 @@ class StoredAdapter(_Part):
 def write_adapter(
     directory: Path,
     save: Callable[[Path], None],
-    method_name: str,
+    method_name: str | None,
     base_identity: str,
     base_reference: str,
     recipe: dict[str, Any],
@@ -84,7 +84,7 @@ def write_adapter(
     Args:
         directory: new or empty.
         save: writes adapter_config.json and adapter_model.safetensors into a folder, as `Adapted.save` does.
-        method_name: in the catalogue.
+        method_name: in the catalogue; None for the one that recognises what is written.
         base_identity: content hash of the base model.
         base_reference: of the base model.
         recipe: as it is stored.
@@ -103,7 +103,7 @@ def write_adapter(
         content["base_model_name_or_path"] = base_reference.removeprefix("hf:").removeprefix("path:")
         _write_json(partial / CONFIG_FILE, content)
         details = StoredAdapter(
-            method=method_name,
+            method=method_name or _method_of(stored_config(partial)),
             base=StoredBase(reference=base_reference, identity=base_identity),
             recipe=recipe,
             metrics=metrics,
