@@ -19,7 +19,7 @@ from tests.cli.conftest import WriteRecipe, ended, run_here, started
 from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
 from tests.cli.test_migrate import LEARNT
-from tests.tiny_models import save_tiny_gemma, save_tiny_llama
+from tests.tiny_models import own_seed, save_tiny_gemma, save_tiny_llama
 from training.migration import synthesis
 
 pytestmark = pytest.mark.services
@@ -43,8 +43,8 @@ def first(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytes
     get_settings.cache_clear()
     bases = tmp_path_factory.mktemp("bases")
     for name, reference in (
-        ("old", save_tiny_llama(bases / "old", seed=83)),
-        ("new", save_tiny_gemma(bases / "new", seed=84)),
+        ("old", save_tiny_llama(bases / "old", seed=own_seed(__name__))),
+        ("new", save_tiny_gemma(bases / "new", seed=own_seed(__name__))),
     ):
         clean(run_here("base", "add", f"path:{reference}", "--name", f"fleet-{name}"))
     held_out = {"file": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "fractions": {"validation": 0.1}}
@@ -54,6 +54,13 @@ def first(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytes
     address: str = json.loads(clean(run_here("train", str(recipe), "--json", "--no-evaluate")))["address"]
     (data / "train.jsonl").unlink()
     return address
+
+
+def policy(adapter: str, line: str) -> None:
+    """What promotions of `adapter` ask for; `line` is YAML about its test suite."""
+    path = get_settings().home / "policies" / f"{adapter}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"suites: [{{suite: {adapter}/test, {line}}}]\n")
 
 
 def copy(address: str, name: str, **changes: Any) -> str:
@@ -187,8 +194,9 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
 def test_what_a_killed_process_left_undone_is_made_good(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = AdapterRegistry()
     old = copy(first, "cut")
-    registry.set_alias(old, "staging", actor="ada")
-    options = ("migrate", *TO, "--alias", "staging", *SHORT, "--set", "allowed_loss=1", "--json")
+    registry.set_alias(old, "spare", actor="ada")
+    policy("cut", "minimum: 0, max_regression: null")
+    options = ("migrate", *TO, "--alias", "spare", *SHORT, "--set", "allowed_loss=1", "--json")
 
     def killed(*_: Any, **__: Any) -> None:
         raise RegraftError("killed")
@@ -197,20 +205,18 @@ def test_what_a_killed_process_left_undone_is_made_good(first: str, monkeypatch:
         patched.setattr(AdapterRegistry, "attach", killed)  # the last thing, after the version is registered
         (moved,) = json.loads(run_here(*options).out)["adapters"]
     assert moved["problem"] == "killed" and registry.attachment(moved["migrated"], MIGRATION_KIT) is None
-    (done,) = json.loads(clean(run_here(*options, "--promote", "staging")))["adapters"]
+    (done,) = json.loads(clean(run_here(*options, "--promote", "spare")))["adapters"]
     assert done["migrated"] == moved["migrated"] and done["decision"] == "promoted"
     kits = [registry.attachment(address, MIGRATION_KIT) for address in (old, moved["migrated"])]
     assert kits[0] and kits[1] and kits[0].artifact_sha256 == kits[1].artifact_sha256
-    holder = registry.alias("cut", "staging")
+    holder = registry.alias("cut", "spare")
     assert holder and holder.address == moved["migrated"]
 
 
 def test_a_promotion_that_its_policy_refuses_is_told(first: str) -> None:
     registry = AdapterRegistry()
     registry.set_alias(copy(first, "strict"), "strict", actor="ada")
-    policy = get_settings().home / "policies" / "strict.yaml"
-    policy.parent.mkdir(exist_ok=True)
-    policy.write_text("suites: [{suite: strict/test, minimum: 1.01}]\n")
+    policy("strict", "minimum: 1.01")
     options = ("--alias", "strict", *SHORT, "--set", "allowed_loss=1", "--promote", "strict", "--json")
     told = run_here("migrate", *TO, *options)
     (adapter,) = json.loads(told.out)["adapters"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import Told, run_here
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import own_seed, save_tiny_llama
 from tests.training.methods.backbones import BACKBONES, train
 from training.adapter_files import write_adapter
 from training.base_models import load_base
@@ -28,7 +28,7 @@ IDS = torch.arange(3, 24).unsqueeze(0)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("exchanged"), seed=81)
+    return save_tiny_llama(tmp_path_factory.mktemp("exchanged"), seed=own_seed(__name__))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import WriteRecipe, run_here
 from tests.cli.test_lifecycle import clean
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import own_seed, save_tiny_llama
 
 pytestmark = pytest.mark.services
 
@@ -31,7 +31,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory, rows: Path) -> str:
     """A version on a base that no other test has."""
     get_settings.cache_clear()
-    base = save_tiny_llama(tmp_path_factory.mktemp("kitted"), seed=91)
+    base = save_tiny_llama(tmp_path_factory.mktemp("kitted"), seed=own_seed(__name__))
     recipe = write_recipe("kitted", base=f"path:{base}", data={"file": str(rows)})
     result = run_here("train", str(recipe), "--json", "--no-evaluate")
     assert (result.code, result.err) == (0, "")

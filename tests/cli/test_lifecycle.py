@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from tests.cli.conftest import Told, WriteRecipe, run_here
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import own_seed, save_tiny_llama
 
 pytestmark = pytest.mark.services
 
@@ -25,7 +25,7 @@ ADAPTER = "walked"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model that no other test registers under a name of its own."""
-    return save_tiny_llama(tmp_path_factory.mktemp("walked"), seed=71)
+    return save_tiny_llama(tmp_path_factory.mktemp("walked"), seed=own_seed(__name__))
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_an_import_that_must_not_be_trusted_is_refused(
     assert (pickled.code, "is a pickle" in pickled.err) == (5, True)
     (exported / "extra.bin").unlink()
 
-    other = save_tiny_llama(tmp_path / "other", seed=72)
+    other = save_tiny_llama(tmp_path / "other", seed=own_seed(__name__) + 1)
     elsewhere = refused("--base", f"path:{other}")
     assert elsewhere.code == 6
     assert f"was trained on path:{base} (identity " in elsewhere.err
@@ -424,7 +424,7 @@ def test_a_base_model_that_is_known_keeps_its_name(trained: dict[str, Any], base
 def test_a_deprecated_base_model_names_whom_it_strands_and_is_warned_of(
     trained: dict[str, Any], write_recipe: WriteRecipe, base: Path, tmp_path: Path
 ) -> None:
-    successor = save_tiny_llama(tmp_path / "successor", seed=73)
+    successor = save_tiny_llama(tmp_path / "successor", seed=own_seed(__name__) + 2)
     clean(run_here("base", "add", f"path:{successor}", "--name", "successor"))
     stranded = clean(run_here("base", "deprecate", "walked-base", "--successor", "successor"))
     assert f"{ADAPTER}@1" in stranded

@@ -12,7 +12,7 @@ from registry import AdapterRegistry
 from serving.loading import load
 from tests.cli.conftest import WriteRecipe, run_here
 from tests.cli.test_lifecycle import clean
-from tests.tiny_models import save_tiny_gemma, save_tiny_llama
+from tests.tiny_models import own_seed, save_tiny_gemma, save_tiny_llama
 from training.adapter_files import attach_stored
 from training.base_models import load_base
 
@@ -24,7 +24,8 @@ def versions(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: py
     """Three versions on one Llama, of two adapters and two ranks."""
     get_settings.cache_clear()
     bases = tmp_path_factory.mktemp("bases")
-    clean(run_here("base", "add", f"path:{save_tiny_llama(bases / 'llama', seed=91)}", "--name", "merge-llama"))
+    llama = save_tiny_llama(bases / "llama", seed=own_seed(__name__))
+    clean(run_here("base", "add", f"path:{llama}", "--name", "merge-llama"))
     found = []
     for name, seed, rank in (("merge-a", 0, 4), ("merge-a", 1, 4), ("merge-b", 2, 2)):
         recipe = write_recipe(name, base="merge-llama", seed=seed, method={"name": "lora", "rank": rank})
@@ -109,7 +110,8 @@ def test_refusals_come_before_any_work_and_register_nothing(
     versions: list[str], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     a, other, b = versions
-    clean(run_here("base", "add", f"path:{save_tiny_gemma(tmp_path / 'gemma', seed=92)}", "--name", "merge-gemma"))
+    gemma = save_tiny_gemma(tmp_path / "gemma", seed=own_seed(__name__))
+    clean(run_here("base", "add", f"path:{gemma}", "--name", "merge-gemma"))
     recipe = write_recipe("merge-g", base="merge-gemma", training={"steps": 1, "batch_size": 1, "max_length": 512})
     gemma = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
     before = {summary.name: len(AdapterRegistry().versions(summary.name)) for summary in AdapterRegistry().adapters()}

@@ -20,7 +20,7 @@ from registry.attachments import MIGRATION_KIT
 from tests.cli.conftest import WriteRecipe, ended, run_here, started
 from tests.cli.test_kit import ROWS
 from tests.cli.test_lifecycle import clean
-from tests.tiny_models import save_tiny_gemma, save_tiny_llama, save_tiny_masked
+from tests.tiny_models import own_seed, save_tiny_gemma, save_tiny_llama, save_tiny_masked
 from training.data.example import Example
 from training.migration.labelling import Labelled, label
 from training.migration.options import MigrationOptions
@@ -46,7 +46,10 @@ def source(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pyte
     """A version with a kit, on a Llama."""
     get_settings.cache_clear()
     bases = tmp_path_factory.mktemp("bases")
-    for name, reference in (("old", save_tiny_llama(bases / "old", seed=81)), ("new", save_tiny_gemma(bases / "new"))):
+    for name, reference in (
+        ("old", save_tiny_llama(bases / "old", seed=own_seed(__name__))),
+        ("new", save_tiny_gemma(bases / "new", seed=own_seed(__name__))),
+    ):
         clean(run_here("base", "add", f"path:{reference}", "--name", f"migrate-{name}"))
     held_out = {"file": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "fractions": {"validation": 0.1}}
     recipe = write_recipe("evens", base="migrate-old", data=held_out, training=LEARNT)
