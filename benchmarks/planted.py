@@ -78,8 +78,12 @@ PLANTED = (
 
 def make_pair(directory: Path) -> tuple[str, str]:
     """References of the two base models, made on first use: a Llama and a Gemma."""
-    layers = partial(llama, layers=3, intermediate=160)
-    return _made(directory / "llama", layers, 300, seed=0), _made(directory / "gemma", _gemma, 420, seed=1)
+    return make_llama(directory), _made(directory / "gemma", _gemma, 420, seed=1)
+
+
+def make_llama(directory: Path) -> str:
+    """Reference of the Llama alone, made on first use."""
+    return _made(directory / "llama", partial(llama, layers=3, intermediate=160), 300, seed=0)
 
 
 def make_twin(directory: Path) -> str:

@@ -51,10 +51,11 @@ WALK = (
     "compeft:density=0.05",
 )
 WALK_OF_LORAS = (  # an energy of nearly 1 only makes A and B equally large, or all that is kept would be A's
-    "low_rank:energy=0.95+groups:bits=4,size=128",
-    "low_rank:energy=0.8+groups:bits=4,size=128",
-    "low_rank:energy=0.6+groups:bits=4,size=128",
-    "low_rank:energy=0.9999+compeft:density=0.3",
+    "low_rank:energy=0.95+groups:bits=4",
+    "low_rank:energy=0.8+groups:bits=4",
+    "low_rank:energy=0.9+groups:bits=4,levels=5",
+    "low_rank:energy=0.8+groups:bits=4,levels=5",
+    "low_rank:energy=0.9+groups:bits=2",
     "low_rank:energy=0.9999+compeft:density=0.2",
 )
 ALPHA_ITEMS = 64  # of each suite, by which α is chosen: likelihoods tell more apart than right and wrong

@@ -7,16 +7,22 @@ asymmetric: x̃ = s·(q − z), q = 0 … N with N = 2^b − 1; of all whole z t
 
 so that both ends of the group are on the grid, 0 is too, and nothing is cut off: |x − x̃| ≤ s/2, apart from what the
 tensor's own dtype rounds (much, of float16 below 10⁻⁴). s is a float16 times a power of two that the tensor's numbers
-share.
+share. A matrix is read along its longer side: a LoRA's factors then have groups within one of their r directions, whose
+sizes differ much after an SVD.
+
+Most codes of a group are near 0, so the packed codes are Huffman-coded (as deflate, RFC 1951, without its matches):
+within 0.04 bits of their entropy.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from infra.documents import Section, told
@@ -26,14 +32,27 @@ from training.compression.codec import PIECE, Codec, Origin, pieces
 from training.compression.container import REMEDY, Packed
 
 ROUNDS = 16
+MOST_INFLATED = 8  # bytes that a byte can stand for: a Huffman code has one bit at least
 
 
 class GroupsOptions(Section):
     """How fine the grids are, and how far each reaches."""
 
     bits: Literal[2, 4, 8] = Field(4, description="b: of a number")
+    levels: int | None = Field(
+        None, ge=3, le=255, description="points of a symmetric grid, an odd number. Default: 2^bits − 1"
+    )
     size: int = Field(64, ge=8, le=65536, multiple_of=8, description="numbers that share a grid; the last may be fewer")
     symmetric: bool = Field(True, description="the grid is centred on 0; otherwise a zero point of 8 bits is stored")
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> "GroupsOptions":
+        if self.levels is not None:
+            if not self.symmetric:
+                raise ValueError("levels are those of a symmetric grid")
+            if self.levels % 2 == 0 or self.levels > 2**self.bits - 1:
+                raise ValueError(f"levels must be odd, and no more than {2**self.bits - 1} with {self.bits} bits")
+        return self
 
 
 class _Details(Section):
@@ -51,20 +70,22 @@ class Groups(Codec[GroupsOptions]):
     def pack(
         self, tensors: Mapping[str, Tensor], options: GroupsOptions, origins: Mapping[str, Origin]
     ) -> Iterator[Packed]:
-        """Codes of a tensor, then its scales (float16), then its zero points (a byte each)."""
+        """Codes of a tensor (Huffman-coded), then its scales (float16), then its zero points (a byte each)."""
         del origins
         for name, tensor in tensors.items():
             exponent = _exponent(tensor, options)
             parts: tuple[list[bytes], ...] = ([], [], [])
-            for piece in pieces(tensor, _piece(options)):
+            deflating = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)  # nothing repeats; 20 times as fast
+            for piece in pieces(_laid(tensor), _piece(options)):
                 rows = _rows(piece, options.size)
                 scale, zero, rows = _grid(rows, options, exponent, tensor.dtype)
                 step = torch.where(scale > 0, scale * 2.0**exponent, 1.0)
                 code = ((rows / step[:, None]).round() + zero[:, None]).clamp(0, _top(options))
                 flat = code.flatten()[: len(piece)].to(torch.uint8).numpy()
-                parts[0].append(codes.packed(flat, options.bits).tobytes())
+                parts[0].append(deflating.compress(codes.packed(flat, options.bits).data))
                 parts[1].append(scale.half().numpy().astype("<f2").tobytes())
                 parts[2].append(b"" if options.symmetric else zero.to(torch.uint8).numpy().tobytes())
+            parts[0].append(deflating.flush())
             content = b"".join(part for each in parts for part in each)
             yield Packed(
                 name, tensor.dtype, tuple(tensor.shape), content, _Details(exponent=exponent).model_dump(mode="json")
@@ -77,29 +98,56 @@ class Groups(Codec[GroupsOptions]):
             details = _Details.model_validate(packed.details)
         except ValidationError as error:
             raise CorruptArtifact(f"{packed.name} is not described soundly: {told(error)}.", REMEDY) from None
-        number, size = -(-packed.elements // options.size), codes.packed_size(packed.elements, options.bits)
-        expected = size + number * (2 if options.symmetric else 3)
-        if len(packed.content) != expected:
+        number = -(-packed.elements // options.size)
+        size = len(packed.content) - number * (2 if options.symmetric else 3)
+        if size <= 0:
             raise CorruptArtifact(
-                f"{packed.name} has {len(packed.content):,} bytes; its shape and options take {expected:,}.", REMEDY
+                f"{packed.name} has {len(packed.content):,} bytes, too few for its shape and options.", REMEDY
             )
-        content = np.frombuffer(packed.content, np.uint8)
-        scales = torch.from_numpy(content[size : size + 2 * number].copy().view("<f2").astype(np.float64))
+        own_codes = _inflated(packed, size, codes.packed_size(packed.elements, options.bits))
+        content = np.frombuffer(packed.content, np.uint8)[size:]
+        scales = torch.from_numpy(content[: 2 * number].copy().view("<f2").astype(np.float64))
         if not scales.isfinite().all() or (scales < 0).any():
             raise CorruptArtifact(f"{packed.name} has a scale that is no positive number.", REMEDY)
         if options.symmetric:
             zeros = torch.full((number,), _middle(options), dtype=torch.float64)
         else:
-            zeros = torch.from_numpy(content[size + 2 * number :].astype(np.float64))
+            zeros = torch.from_numpy(content[2 * number :].astype(np.float64))
         flat, piece = torch.empty(packed.elements, dtype=packed.dtype), _piece(options)
         for begin in range(0, packed.elements, piece):
             part = flat[begin : begin + piece]
-            own = content[:size][begin * options.bits // 8 : (begin + piece) * options.bits // 8]
+            own = own_codes[begin * options.bits // 8 : (begin + piece) * options.bits // 8]
             rows = _rows(torch.from_numpy(codes.unpacked(own, len(part), options.bits).copy()), options.size)
             at = slice(begin // options.size, begin // options.size + len(rows))
             values = (rows - zeros[at, None].float()) * (scales[at, None] * 2.0**details.exponent).float()
             part.copy_(_rounded(values, packed.dtype).flatten()[: len(part)])
+        if _lies_across(packed.shape):
+            return flat.reshape(packed.shape[::-1]).T.contiguous()
         return flat.reshape(packed.shape)
+
+
+def _lies_across(shape: Sequence[int]) -> bool:
+    """Whether a tensor is read column by column, since its columns are longer than its rows."""
+    return len(shape) == 2 and shape[0] > shape[1]
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    return tensor.T if _lies_across(tensor.shape) else tensor
+
+
+def _inflated(packed: Packed, size: int, expected: int) -> NDArray[np.uint8]:
+    """The packed codes, which take `expected` bytes, of the first `size` bytes of the content."""
+    damaged = CorruptArtifact(f"{packed.name} has another number of codes than its shape and options take.", REMEDY)
+    if expected > MOST_INFLATED * size:
+        raise damaged
+    inflating = zlib.decompressobj()
+    try:
+        found = inflating.decompress(packed.content[:size], expected + 1)
+    except zlib.error as error:
+        raise CorruptArtifact(f"{packed.name} has codes that cannot be read: {error}.", REMEDY) from None
+    if len(found) != expected or not inflating.eof or inflating.unused_data:
+        raise damaged
+    return np.frombuffer(found, np.uint8)
 
 
 def _grid(rows: Tensor, options: GroupsOptions, exponent: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +227,7 @@ def _piece(options: GroupsOptions) -> int:
 
 
 def _middle(options: GroupsOptions) -> int:
-    return int(2 ** (options.bits - 1) - 1)
+    return (options.levels or 2**options.bits - 1) // 2
 
 
 def _top(options: GroupsOptions) -> int:

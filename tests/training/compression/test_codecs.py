@@ -27,6 +27,7 @@ LINES = (
     "codebook:bits=8",
     "groups:bits=2,size=8",
     "groups:bits=4",
+    "groups:bits=4,levels=5",
     "groups:bits=8",
     "groups:bits=2,symmetric=false",
     "groups:bits=4,symmetric=false,size=32",

@@ -1,10 +1,15 @@
 """Grids for groups: no number is further than half a step from its own."""
 
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from infra.errors import CorruptArtifact, InvalidInput
 from tests.training.compression.adapters import DTYPES, numbers
 from training.compression import compress, container, decompress
 
@@ -49,8 +54,66 @@ def test_a_tensor_takes_codes_scales_and_zero_points(bits: int, symmetric: str, 
     tensor = numbers("normal", (31, 7), torch.float32, 0)
     line = f"groups:bits={bits},symmetric={symmetric},size={size}"
     (packed,) = container.read(compress({"a": tensor}, line)).tensors
-    groups = -(-217 // size)
-    assert len(packed.content) == -(-217 * bits // 8) + groups * (2 if symmetric == "true" else 3)
+    beside = -(-217 // size) * (2 if symmetric == "true" else 3)
+    coded = zlib.decompress(packed.content[: len(packed.content) - beside])
+    assert len(coded) == -(-217 * bits // 8)
+
+
+@pytest.mark.parametrize(("levels", "bits"), [(3, 2), (5, 4), (15, 4)])
+def test_codes_take_little_more_than_their_entropy(levels: int, bits: int) -> None:
+    tensor = numbers("normal", (64, 3200), torch.float32, 0)
+    line = f"groups:bits={bits},levels={levels}"
+    steps = torch.cat([(row / row.abs().max() * (levels // 2)).round() for row in tensor.flatten().split(64)])
+    shares = steps.unique(return_counts=True)[1] / len(steps)
+    entropy = -float((shares * shares.log2()).sum())
+    assert entropy + 16 / 64 < 8 * len(compress({"a": tensor}, line)) / tensor.numel() < entropy + 16 / 64 + 0.06
+
+
+def test_each_direction_of_a_low_rank_factor_has_grids_of_its_own() -> None:
+    sizes = torch.tensor([100.0, 1.0, 0.01])
+    B = numbers("normal", (640, 3), torch.float32, 0) * sizes
+    for factor in (B, B.T.contiguous()):
+        found = decompress(compress({"a": factor}, "groups:bits=8"))["a"]
+        off = (found - factor).norm(dim=int(factor is not B)) / factor.norm(dim=int(factor is not B))
+        assert (off < 0.01).all()
+
+
+@pytest.mark.parametrize("levels", [2, 4, 17, 257])
+def test_levels_that_cannot_be_are_refused(levels: int) -> None:
+    with pytest.raises(InvalidInput, match="levels"):
+        compress({"a": torch.ones(3)}, f"groups:bits=4,levels={levels}")
+    with pytest.raises(InvalidInput, match="symmetric"):
+        compress({"a": torch.ones(3)}, "groups:bits=4,levels=5,symmetric=false")
+
+
+def tampered(content: Callable[[bytes], bytes], shape: tuple[int, ...] = (8, 64)) -> bytes:
+    """A file with a sound checksum whose codes are what `content` makes of the true ones."""
+    held = container.read(compress({"a": numbers("normal", (8, 64), torch.float32, 0)}, "groups:bits=4"))
+    (packed,) = held.tensors
+    scales = packed.content[-16:]
+    other = replace(packed, shape=shape, content=content(zlib.decompress(packed.content[:-16])) + bytes(scales))
+    return container.write(held.codec, held.options, [other])
+
+
+def test_codes_that_are_not_as_many_as_there_should_be_are_refused() -> None:
+    assert decompress(tampered(zlib.compress))["a"].shape == (8, 64)
+    wrong: list[Callable[[bytes], bytes]] = [
+        lambda codes: zlib.compress(codes[:-1]),
+        lambda codes: zlib.compress(codes + b"0"),
+        lambda codes: zlib.compress(codes)[:-1],
+        lambda codes: zlib.compress(codes) + b"0",
+        lambda codes: bytes(len(codes)),
+        lambda codes: b"",
+    ]
+    for content in wrong:
+        with pytest.raises(CorruptArtifact, match="a has"):
+            decompress(tampered(content))
+
+
+def test_a_small_file_that_claims_a_large_tensor_takes_no_memory() -> None:
+    bomb = tampered(lambda codes: zlib.compress(bytes(10**6), 9), (8, 2 * 10**6 // 8))
+    with pytest.raises(CorruptArtifact):
+        decompress(bomb)
 
 
 def test_large_and_small_groups_in_one_tensor() -> None:
