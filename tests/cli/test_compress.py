@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+from flows.compress_adapter import WALK, WALK_OF_LORAS
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from serving.loading import load
@@ -68,6 +69,16 @@ def test_the_smallest_form_within_the_allowed_loss_is_registered_with_its_parent
     )
     (suite,) = found["measured"]
     assert suite["child"]["value"] == AdapterRegistry().evaluations(version.address)[0].value
+
+
+@pytest.mark.slow
+def test_the_default_walk_goes_over_all_its_forms(source: str) -> None:
+    found = compress(source, "--max-loss", "0.05")
+    tried = [form["steps"].partition(",alpha=")[0] for form in found["forms"]]
+    assert sorted(tried) == sorted([*WALK, *WALK_OF_LORAS])
+    assert found["steps"] == min((f for f in found["forms"] if f["passed"]), key=lambda f: f["size_bytes"])["steps"]
+    front = [form["values"][0] for form in found["forms"] if form["on_front"]]  # of perplexity, smallest file first
+    assert front == sorted(front, reverse=True)
 
 
 def test_a_compressed_version_answers_almost_as_before(source: str) -> None:
