@@ -138,20 +138,16 @@ def decode_codes(codes: PackedCodes, levels: Tensor) -> Tensor:
 
     Args:
         codes: of b bits.
-        levels: [2^b], of the dtype that is wanted, a floating one. On a GPU float32, bfloat16 and float16 are made by a
-            kernel.
+        levels: [2^b], of the dtype that is wanted. On a GPU float32, bfloat16 and float16 are made by a kernel.
 
     Returns:
         A contiguous tensor of the codes' shape on their device.
 
     Raises:
-        ValueError: there are not 2^b levels, or they are of no floating dtype.
+        ValueError: there are not 2^b levels.
     """
-    if levels.shape != (2**codes.bits,) or not levels.is_floating_point():
-        raise ValueError(
-            f"Codes of {codes.bits} bits need {2**codes.bits} levels of a floating dtype, "
-            f"not {tuple(levels.shape)} of {levels.dtype}."
-        )
+    if levels.shape != (2**codes.bits,):
+        raise ValueError(f"Codes of {codes.bits} bits need {2**codes.bits} levels, not {tuple(levels.shape)}.")
     levels = levels.detach().to(codes.content.device).contiguous()
     out = torch.empty(codes.length, dtype=levels.dtype, device=levels.device)
     if on_triton(codes.content, levels.dtype):

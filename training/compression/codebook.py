@@ -15,8 +15,9 @@ from torch import Tensor
 
 from infra.documents import Section
 from infra.errors import CorruptArtifact
+from kernels.codebook import PackedCodes, decode_codes
 from training.compression import codes
-from training.compression.codec import PIECE, Codec, Origin, pieces
+from training.compression.codec import Codec, Origin, pieces
 from training.compression.container import REMEDY, Packed
 from training.compression.levels import cells, levels, standardised
 from training.compression.recompression import affine
@@ -63,14 +64,7 @@ class Codebook(Codec[CodebookOptions]):
         if not (mean.isfinite() and deviation.isfinite()):
             raise CorruptArtifact(f"{packed.name} has a mean or a deviation that is no number.", REMEDY)
         values = (levels(options.bits).float() * deviation + mean).to(packed.dtype)
-        flat = torch.empty(packed.elements, dtype=packed.dtype)
-        for begin in range(0, packed.elements, PIECE):
-            part = flat[begin : begin + PIECE]
-            at = slice(begin * options.bits // 8, (begin + PIECE) * options.bits // 8)
-            part.copy_(
-                values[torch.from_numpy(codes.unpacked(content[:size][at], len(part), options.bits).astype(np.int32))]
-            )
-        return flat.reshape(packed.shape)
+        return decode_codes(PackedCodes(packed.shape, options.bits, torch.from_numpy(content[:size].copy())), values)
 
 
 def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:

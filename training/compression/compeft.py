@@ -21,6 +21,7 @@ from torch import Tensor
 
 from infra.documents import Section, told
 from infra.errors import CorruptArtifact, InvalidInput
+from kernels.ternary import decode_ternary
 from training.compression import container, sparse_layouts
 from training.compression.codec import Codec, Origin, pieces
 from training.compression.container import REMEDY, Packed
@@ -92,7 +93,10 @@ class ComPEFT(Codec[ComPEFTOptions]):
         if options.layout == "golomb":
             placed = sparse_layouts.from_golomb(packed, details.pieces)
         else:
-            placed = sparse_layouts.places(sparse_layouts.from_bitmask(packed))
+            ternary = sparse_layouts.from_bitmask(packed)
+            if not isinstance(start, Tensor):
+                return _dense(packed, ternary, details.scale, start)
+            placed = sparse_layouts.places(ternary)
         if isinstance(start, Tensor):
             flat = start.flatten().clone()
             for places, negative in placed:
@@ -104,6 +108,13 @@ class ComPEFT(Codec[ComPEFTOptions]):
             for places, negative in placed:
                 flat[torch.from_numpy(places)] = pair[torch.from_numpy(negative).int()]
         return flat.reshape(packed.shape)
+
+
+def _dense(packed: Packed, ternary: Ternary, scale: float, start: float) -> Tensor:
+    try:
+        return decode_ternary(ternary.packed(packed.shape), scale, packed.dtype, start)
+    except ValueError as error:
+        raise CorruptArtifact(f"{packed.name} cannot be what it says: {error}", REMEDY) from None
 
 
 def masks(data: bytes) -> tuple[float, dict[str, Ternary]]:

@@ -1,6 +1,7 @@
 """Vectors of −1, 0 and 1 as two bit masks, and arithmetic on them that never unpacks more than a piece.
 
-Source: ComPEFT (arXiv 2311.13171), "two binary masks": 2·⌈d/8⌉ bytes, AND, XOR and popcount for products.
+Source: ComPEFT (arXiv 2311.13171), "two binary masks": 2·⌈d/8⌉ bytes, AND, XOR and popcount for products of two of
+them. What makes them dense, or multiplies by them, is in `kernels.ternary`.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kernels.ternary import TernaryTensor, add_ternary
 
 PIECE = 1 << 15  # bytes of a mask at a time
 
@@ -47,35 +50,37 @@ class Ternary:
             total += _population(both) - 2 * _population(unlike)
         return total
 
+    def packed(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> TernaryTensor:
+        """A copy as the kernels take it: to be decoded, added or applied where it is, on a GPU, too.
+
+        Raises:
+            ValueError: the masks are not of that shape, contradict each other, or do not end where the vector ends.
+        """
+        # Copied here, as what the masks are views of may not be written to, which PyTorch has no word for.
+        nonzero, negative = (torch.from_numpy(mask.copy()).to(device) for mask in (self.nonzero, self.negative))
+        return TernaryTensor(shape, nonzero, negative)
+
     def add_to(self, tensor: Tensor, scale: float) -> None:
         """tensor += scale · self, in place.
 
         Args:
-            tensor: contiguous, on the CPU, `length` elements in any shape.
+            tensor: contiguous, on any device, `length` elements in any shape.
             scale: of the vector.
 
         Raises:
-            ValueError: the tensor has another number of elements.
+            ValueError: the tensor has another number of elements, or gaps; the masks are not sound.
         """
         if tensor.numel() != self.length:
             raise ValueError(f"The vector has {self.length:,} entries, the tensor {tensor.numel():,}.")
-        flat = tensor.detach().view(-1)
-        for at in self._pieces():
-            piece = flat[8 * at.start : 8 * at.stop]
-            plus, minus = (
-                torch.from_numpy(np.unpackbits(mask, count=len(piece), bitorder="little"))
-                for mask in (self.nonzero[at] & ~self.negative[at], self.negative[at])
-            )
-            piece.add_((plus.to(torch.int8) - minus.to(torch.int8)).to(tensor.dtype), alpha=scale)
+        add_ternary(tensor, self.packed((self.length,), tensor.device), scale)
 
     def is_sound(self) -> bool:
         """Whether the masks are of the right length, agree with each other, and end where the vector ends."""
-        size = -(-self.length // 8)
-        if not len(self.nonzero) == len(self.negative) == size:
+        try:
+            self.packed((self.length,))
+        except ValueError:
             return False
-        if self.length % 8 and self.nonzero[-1] >> (self.length % 8):
-            return False
-        return not any((self.negative[at] & ~self.nonzero[at]).any() for at in self._pieces())
+        return True
 
     def _pieces(self) -> list[slice]:
         return [slice(begin, begin + PIECE) for begin in range(0, len(self.nonzero), PIECE)]
