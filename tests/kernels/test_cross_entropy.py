@@ -1,32 +1,13 @@
 """The cross-entropy kernel against float64 arithmetic, under Triton's interpreter and natively on CUDA."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.dispatch import runs_on_triton, triton_is_there
+from tests.kernels.own_process import printed
 
 GRADIENT_TOLERANCE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 6e-4}
-
-
-def differences(device: str, **environment: str) -> dict[str, object]:
-    """What tests/kernels/interpreted_cross_entropy.py prints; kernels choose their mode when they are imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_cross_entropy", device],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def assert_close(report: dict[str, object]) -> None:
@@ -41,7 +22,7 @@ def assert_close(report: dict[str, object]) -> None:
 
 @pytest.mark.skipif(not triton_is_there(), reason="Triton is not installed")
 def test_the_interpreted_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
-    report = differences("cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    report = printed("interpreted_cross_entropy", "cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert_close(report)
     assert report["reuse_is_refused"]  # the gradient has overwritten the logits: a second backward must not be silent
 
@@ -49,7 +30,7 @@ def test_the_interpreted_kernel_agrees_with_float64_over_odd_shapes_and_dtypes()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_native_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
-    report = differences("cuda")
+    report = printed("interpreted_cross_entropy", "cuda")
     assert_close(report)
     assert report["reuse_is_refused"]
 
