@@ -27,7 +27,6 @@ from kernels.packed_bits import (
     launch_product,
     on_triton,
     rounded,
-    together,
 )
 
 WIDTHS = (1, 2, 4, 8)  # b
@@ -233,21 +232,18 @@ def _launch_look_up(codes: PackedCodes, levels: Tensor, out: Tensor) -> None:
 
 
 def _table(levels: Tensor, bits: int) -> Tensor:
-    """[2^(b·e), e]: the levels that e codes stand for."""
-    e = together(levels.element_size(), 8 // bits)
-    index, place = torch.arange(2 ** (bits * e), device=levels.device)[:, None], torch.arange(e, device=levels.device)
-    return levels[index >> (bits * place) & (2**bits - 1)]
+    """[256, 8 / b]: the levels that a byte of codes stands for."""
+    byte, place = torch.arange(256, device=levels.device)[:, None], torch.arange(8 // bits, device=levels.device)
+    return levels[byte >> (bits * place) & (2**bits - 1)]
 
 
 def _expand_codes(codes: PackedCodes, first: int, out: Tensor, table: Tensor) -> None:
     """Fill `out` with the levels of as many elements, from the byte `first` on."""
-    each = 8 // codes.bits
+    each = table.shape[1]
     whole, rest = divmod(len(out), each)
-    width = codes.bits * table.shape[1]  # bits of a byte that one look takes
     for byte in range(first, first + whole, PIECE):
         at = slice(byte, min(byte + PIECE, first + whole))
-        parts = [codes.content[at] >> p & (2**width - 1) for p in range(0, 8, width)]
-        expand(table, parts, out[each * (at.start - first) : each * (at.stop - first)])
+        expand(table, [codes.content[at]], out[each * (at.start - first) : each * (at.stop - first)])
     if rest:
         last = out.new_empty(each)
         _expand_codes(codes, first + whole, last, table)

@@ -14,7 +14,7 @@ from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of numbers; others are computed by PyTorch alone
 PIECE = 1 << 15  # bytes of packed bits that PyTorch expands at a time: what comes of them stays in the cache
-_BLOCK_ELEMENTS = 1 << 19  # of a matrix that is expanded and multiplied at a time; smaller ones cost calls, not memory
+_BLOCK_ELEMENTS = 1 << 20  # of a matrix that is expanded and multiplied at a time: fewer would cost calls
 # Of a product on a GPU: rows and words of columns that a program multiplies at a time, and the most tokens; how many
 # programs keep a GPU busy, and the fewest steps that are worth one.
 _ROWS, _WORDS, _TOKEN_BYTES = 128, 4, 128
@@ -163,25 +163,23 @@ def as_words(columns: int, *bits: Tensor) -> bool:
     return columns % 32 == 0 and all(each.data_ptr() % 4 == 0 for each in bits)
 
 
-def together(itemsize: int, most: int) -> int:
-    """How many numbers of so many bytes one look into a table gives: as many as 16 bytes hold, `most` at most."""
-    return min(16 // itemsize, most)
-
-
 def expand(table: Tensor, indices: Sequence[Tensor], out: Tensor) -> None:
     """out[(n·P + p)·e + i] = table[indices[p][n], i]: from each byte the numbers that its parts stand for.
 
-    A row of the table moves as one wide number: on the CPU four times as fast as rows of several.
+    Up to 16 bytes of a table's row move as one wide number: on the CPU four times as fast as rows of several.
 
     Args:
-        table: [entries, e], of e numbers that take 16 bytes or less together.
+        table: [256, e], e a power of two.
         indices: P of [bytes], uint8.
         out: contiguous [bytes·P·e].
     """
-    wide = _WIDE[table.shape[1] * table.element_size()]
-    places = out.view(wide).view(-1, len(indices))
+    wide = _WIDE[min(table.shape[1] * table.element_size(), 16)]
+    columns = table.view(wide).T.contiguous()
+    places = out.view(wide).view(-1, len(indices), len(columns))
     for part, index in enumerate(indices):
-        torch.index_select(table.view(wide).view(-1), 0, index.int(), out=places[:, part])
+        narrow = index.int()
+        for number, column in enumerate(columns):
+            torch.index_select(column, 0, narrow, out=places[:, part, number])
 
 
 def in_blocks(y: Tensor, x: Tensor, fill: Callable[[int, Tensor], None], *, add: bool) -> None:

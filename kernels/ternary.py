@@ -32,7 +32,6 @@ from kernels.packed_bits import (
     launch_product,
     on_triton,
     rounded,
-    together,
 )
 
 _DECODED = 64  # words that one program makes dense
@@ -308,23 +307,20 @@ def _launch_expand(ternary: TernaryTensor, out: Tensor, levels: Sequence[float],
 
 
 def _table(like: Tensor, levels: Sequence[float]) -> Tensor:
-    """[4^e, e]: the levels that e bits of `nonzero`, and above them e bits of `negative`, stand for."""
-    e = together(like.element_size(), 4)
-    index, bit = torch.arange(4**e, device=like.device)[:, None], torch.arange(e, device=like.device)
-    gamma = (index >> bit & 1) * (1 - 2 * (index >> (e + bit) & 1))
+    """[256, 4]: the levels that 4 bits of `nonzero`, and above them 4 bits of `negative`, stand for."""
+    index, bit = torch.arange(256, device=like.device)[:, None], torch.arange(4, device=like.device)
+    gamma = (index >> bit & 1) * (1 - 2 * (index >> (4 + bit) & 1))
     return torch.tensor(levels, dtype=like.dtype, device=like.device)[gamma + 1]
 
 
 def _expand_bits(ternary: TernaryTensor, first: int, out: Tensor, table: Tensor) -> None:
     """Fill `out` with the levels of as many elements, from the byte `first` on."""
     whole, rest = divmod(len(out), 8)
-    e = table.shape[1]
     for byte in range(first, first + whole, PIECE):
         at = slice(byte, min(byte + PIECE, first + whole))
         kept, negative = ternary.nonzero[at], ternary.negative[at]
-        mask = 2**e - 1
-        parts = [((kept >> p) & mask) | (((negative >> p) & mask) << e) for p in range(0, 8, e)]
-        expand(table, parts, out[8 * (at.start - first) : 8 * (at.stop - first)])
+        halves = (kept & 0x0F) | (negative << 4), (kept >> 4) | (negative & 0xF0)
+        expand(table, halves, out[8 * (at.start - first) : 8 * (at.stop - first)])
     if rest:
         last = out.new_empty(8)
         _expand_bits(ternary, first + whole, last, table)

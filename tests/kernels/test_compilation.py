@@ -31,7 +31,7 @@ def compiled(kernel: Any, number: str, architecture: int, folder: Path, **consta
         for name in names
     }
     values = {(names.index(name),): value for name, value in constants.items()}
-    divisible = [name for name in names if signature[name].startswith("*") or name in COUNTS]
+    divisible = [name for name in names if signature[name].startswith("*") or signature[name] == "i32"]
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
     with triton.knobs.cache.scope():
@@ -51,6 +51,16 @@ def test_products_compile_to_tensor_core_instructions_and_convert_no_integer(
     assert not re.search(
         r"cvt\.rn\.(f32|bf16|f16)\.[su]", ptx
     )  # slow: an instruction a weight, at a quarter of the rate
+
+
+@pytest.mark.parametrize("kernel", [ternary._multiply, codebook._multiply])
+@pytest.mark.parametrize("ones", [("n",), ("m", "n"), ("m", "k", "n", "x_stride", "size")])
+def test_products_compile_where_a_count_is_one_and_becomes_a_constant(
+    kernel: Any, ones: tuple[str, ...], tmp_path: Path
+) -> None:
+    sizes = dict.fromkeys(ones, 1)
+    ptx = compiled(kernel, "fp16", HOPPER, tmp_path, ADD=True, WHOLE=False, ROWS=128, WORDS=4, TOKENS=16, **sizes)
+    assert "wgmma.mma_async" in ptx
 
 
 @pytest.mark.parametrize("number", ["bf16", "fp16", "fp32"])
