@@ -241,7 +241,7 @@ def apply_ternary(x: Tensor, ternary: TernaryTensor, scale: float) -> Tensor:
     are, and stay in the cache.
 
     Args:
-        x: [..., k], on γ's device. On a GPU float32, bfloat16 and float16 are multiplied by a kernel.
+        x: [..., k], on γ's device. On a GPU finite float32, bfloat16 and float16 are multiplied by a kernel.
         ternary: γ, [m, k].
         scale: s; rounded to the dtype of x, as the entries of a dense W would be.
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -200,11 +199,10 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is() -> None:
         assert not wrong.any()
 
 
-def test_an_applied_matrix_has_second_users_of_its_input_and_no_grad_adds_in_place() -> None:
+def test_without_gradients_a_product_is_added_in_place_even_of_an_input_that_has_one() -> None:
     gamma, exact = ternary((4, 6), 0.5, 1)
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = torch.ones(2, 4)
     with torch.no_grad():
         add_ternary_product(y, x, gamma, 0.5)
     torch.testing.assert_close(y, 1 + 0.5 * (x.detach() @ exact.float().T))
-    assert np.isfinite(apply_ternary(x, gamma, 0.5).sum().item())
