@@ -47,6 +47,7 @@ from training.device import base_dtype, best_device
 from training.evaluation.result import EvaluationResult
 from training.evaluation.suite import Suite
 from training.methods.catalog import get_method
+from training.migration import second_opinion
 from training.migration.gate import LOWER_IS_BETTER, Standing
 from training.migration.kit import load_discriminator
 from training.migration.labelling import Labelled, label
@@ -156,7 +157,10 @@ def migrate_adapter(
             if plan.options.distillation.of == "logits":
                 _require_shared_vocabulary(plan)
             written = _synthesise(plan, pool or plan.workdir / "work" / "inputs.jsonl")
-            labelled, distilled = _label(plan, plan.chosen(written))
+            if plan.options.answers == "settled":
+                labelled, distilled = _settled(plan, written, _label(plan, written.inputs)[0]), None
+            else:
+                labelled, distilled = _label(plan, plan.chosen(written))
             version = _train_and_judge(plan, written, labelled, distilled, began)
             shutil.rmtree(plan.workdir / "work", ignore_errors=True)
     told = _told_of(plan.source.address, version.address)
@@ -301,6 +305,51 @@ def _label(plan: Plan, inputs: Sequence[str]) -> tuple[Labelled, Distilled | Non
             f"Look at it: regraft generate {plan.source.address} 'an input'",
         )
     return labelled, distilled
+
+
+@task(task_run_name="settle answers", cache_policy=NO_CACHE)
+def _settled(plan: Plan, pool: Pool, labelled: Labelled) -> Labelled:
+    """The chosen inputs, with the answers that the old adapter and the new base's own agree on best."""
+    examples, opinions = labelled.examples, []
+    parts = second_opinion.halves(len(examples), plan.options.seed)
+    for half, (learnt, asked) in enumerate((parts, parts[::-1])):
+        kept = plan.workdir / "work" / f"opinions-{half}.json"
+        if learnt and not kept.is_file():
+            second_opinion.store(kept, _opinions(plan, examples, learnt, asked, half))
+        opinions += second_opinion.stored(kept) if learnt else []
+    with _teacher(plan) as (model, tokenizer), gpu_slot(best_device()):
+        form = PromptFormat(tokenizer, plan.recipe.data.instruction_text)
+        answered = second_opinion.settled(model, form, examples, opinions)
+    changed = sum(new != old for new, old in zip(answered, examples, strict=True))
+    chosen = set(plan.chosen(pool))
+    return replace(labelled, examples=tuple(each for each in answered if each.prompt in chosen), changed=changed)
+
+
+def _opinions(
+    plan: Plan, examples: Sequence[Example], learnt: Sequence[int], asked: Sequence[int], half: int
+) -> list[second_opinion.Opinion]:
+    told = f"migrate {plan.source.address}: second opinions, half {half + 1}"
+    training, asking = Stage(f"{told}, training"), Stage(told)
+    seeds = (seed for seed in plan.seeds if seed.completion)
+    with _bare(plan.target_folder.reference, plan.student) as target, gpu_slot(best_device()):
+        adapted, _ = train_recipe(
+            plan.student,
+            target,
+            (*(examples[place] for place in learnt), *seeds),
+            (),
+            workdir=plan.workdir / "work" / f"half-{half}",
+            on_event=lambda event: training(event.step, event.total_steps, f"loss {event.loss:.3f}"),
+            on_preparing=lambda what, done, total: None,
+        )
+        return second_opinion.differing(
+            adapted.model.eval(),
+            PromptFormat(target.tokenizer, plan.student.data.instruction_text),
+            examples,
+            asked,
+            longest=plan.longest_answer,
+            kept_in=plan.workdir / "work" / f"answers-{half}.jsonl",
+            on_progress=asking,
+        )
 
 
 @task(task_run_name="train and judge", cache_policy=NO_CACHE)
@@ -474,6 +523,7 @@ def _details(plan: Plan, pool: Pool, labelled: Labelled, compared: Sequence[Comp
         "written": pool.written,
         "dropped": {**pool.dropped, "empty answer": labelled.empty, "run-on answer": labelled.run_on},
         "inputs": len(labelled.examples),
+        "answers_changed": labelled.changed,
         "synthetic_fingerprint": fingerprint(plan.learnt(labelled)),
         "options": plan.options.model_dump(mode="json", exclude_none=True),
         "seconds": time.monotonic() - began,

@@ -169,6 +169,11 @@ def plan_migration(
     _require_there(source.base.name, "the old adapter stands on it", "Bring it back.")
     if options.distillation.of == "logits":
         require_distillable(student.training)
+        if options.answers == "settled":
+            raise InvalidInput(
+                "Logits are the old adapter's, answers that are settled are not.",
+                "Leave one of them out: --set distillation.of=text, or --set answers=old",
+            )
     chosen = (suites or default_suites(recipe)) if evaluate else ()
     plan = Plan(
         source=source,

@@ -25,6 +25,7 @@ from training.data.example import Example
 from training.migration.labelling import Labelled, label
 from training.migration.options import MigrationOptions
 from training.migration.synthesis import Pool
+from training.trainer import train_recipe
 
 pytestmark = pytest.mark.services
 
@@ -279,6 +280,35 @@ def test_one_that_was_killed_when_its_version_stood_makes_no_second_one(
     assert json.loads(moved.out)["address"] == left
     assert AdapterRegistry().attachment(left, MIGRATION_KIT) is not None
     assert len(AdapterRegistry().evaluations(left)) == 1
+
+
+def test_answers_are_settled_between_both_adapters_and_a_stop_loses_none_of_it(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--to", "migrate-new", "--set", "answers=settled", "--no-evaluate", *SHORT)
+    refused = run_here("migrate", source, *options, "--set", "distillation.of=logits")
+    assert refused.code == 2 and "answers=old" in refused.err
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("Stopped.", "Run it again.")
+
+    trained: list[tuple[str, ...]] = []
+
+    def noted(recipe: Any, base: Any, examples: Any, *rest: Any, **more: Any) -> Any:
+        trained.append(tuple(example.prompt for example in examples))
+        return train_recipe(recipe, base, examples, *rest, **more)
+
+    monkeypatch.setattr("flows.migrate_adapter.train_recipe", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr("training.migration.second_opinion.settled", stopped)
+        assert run_here("migrate", source, *options).code == 130
+    moved = json.loads(clean(run_here("migrate", source, *options)))
+    one, other, last = trained
+    seeds = set(one) & set(other)
+    assert len(seeds) == 5 and set(last) == set(one) | set(other), "halves that share the seeds, then all"
+    (edge,) = AdapterRegistry().lineage(moved["address"]).edges[-1:]
+    assert edge.details["options"]["answers"] == "settled"
+    assert 0 <= edge.details["answers_changed"] <= moved["inputs"]
 
 
 def test_the_same_migration_again_is_not_made_again(migrated: dict[str, Any], source: str) -> None:

@@ -25,11 +25,13 @@ class Labelled:
         examples: in the order of the inputs.
         empty: answered with nothing.
         run_on: answered with more than any real answer had.
+        changed: answers that a second opinion has changed since.
     """
 
     examples: tuple[Example, ...]
     empty: int
     run_on: int
+    changed: int = 0
 
 
 def label(

@@ -67,6 +67,11 @@ class MigrationOptions(Section):
         description="What is learnt from. regraft: more inputs are written than wanted, those drawn that together look "
         "like the real ones, and the seeds learnt, too; paper: the first ones that the discriminator takes for real.",
     )
+    answers: Literal["old", "settled"] = Field(
+        "old",
+        description="Which answers are learnt. old: the old adapter's; settled: where an adapter of the new base that "
+        "learnt the other half of them answers differently, the more probable one. Takes three trainings for one.",
+    )
     surplus: float = Field(
         3.0, ge=1, description="Inputs written for each that is chosen, where there is anything to choose by."
     )
