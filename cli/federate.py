@@ -25,6 +25,10 @@ def federate(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the global adapter to this rank after a round.")] = None,
     least: Annotated[int | None, typer.Option(min=1, help="Clients that must come through a round.")] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="process: clients train here, one after the other. flower: as nodes of Flower (flwr)."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
     ] = None,
@@ -50,6 +54,7 @@ def federate(
 
     said: dict[str, Any] = {
         "clients": clients, "rounds": rounds, "skew": skew, "aggregation": aggregation, "rank": rank, "least": least,
+        "runner": runner,
     }  # fmt: skip
     if ranks is not None:
         if not all(each.strip().isdecimal() and int(each) > 0 for each in ranks.split(",")):

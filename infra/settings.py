@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     prefect_api_url: str | None = Field(None, description="A Prefect server. Default: one local server, on demand.")
     ray: str | None = Field(
         None,
-        description="A Ray cluster that a fleet's migrations are spread over: local:2 (so many worker processes here), "
-        "auto, or ray://HOST:10001. Default: one after the other, in one process.",
+        description="A Ray cluster that a fleet's migrations and Flower's clients are spread over: local:2 (so many "
+        "worker processes here), auto, or ray://HOST:10001. Default: migrations one after the other, in one process.",
     )
     gpu_slots: Annotated[int, Field(ge=1)] = 1
     protected_aliases: Annotated[tuple[str, ...], NoDecode] = Field(

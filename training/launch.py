@@ -202,8 +202,8 @@ def _work(directory: Path) -> None:
         adapted, outcome = train_recipe(
             recipe,
             base,
-            [_example(content) for content in job["train"]],
-            [_example(content) for content in job["validation"]],
+            [Example.stored(content) for content in job["train"]],
+            [Example.stored(content) for content in job["validation"]],
             workdir=Path(job["workdir"]),
             on_event=tell,
         )
@@ -212,10 +212,6 @@ def _work(directory: Path) -> None:
         (directory / _OUTCOME).write_text(json.dumps(outcome.as_stored()), encoding="utf-8")
     torch.distributed.barrier()  # nobody leaves while another still reads from it
     torch.distributed.destroy_process_group()
-
-
-def _example(content: dict[str, Any]) -> Example:
-    return Example(**{**content, "choices": tuple(content["choices"])})
 
 
 def _stop_with(parent: int) -> None:

@@ -7,14 +7,14 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from infra.errors import Interrupted, InvalidInput, RegraftError
@@ -56,6 +56,7 @@ def train_recipe(
     on_event: OnEvent,
     on_preparing: OnPreparing | None = None,
     distilled: Distilled | None = None,
+    start: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> tuple[Adapted, TrainingOutcome]:
     """Attach the recipe's adapter to the base model and train it on the examples, on `training.processes` processes.
 
@@ -71,6 +72,7 @@ def train_recipe(
         on_event: hears of every step.
         on_preparing: hears how far a long initialisation of the adapter is.
         distilled: soft labels of the examples to train on, to learn beside their completions; on one process.
+        start: makes the tensors to begin with of those of the fresh adapter; on one process.
 
     Raises:
         InvalidInput: an example is too long or has nothing to learn, the options do not go with the model, or a
@@ -109,6 +111,8 @@ def train_recipe(
         progress=on_preparing,
     )
     adapted = get_method(recipe.method.name).attach(base.model, recipe.method_config(), context)
+    if start is not None:
+        adapted.restore(start(adapted.tensors()))
     outcome = train(
         adapted,
         objective,

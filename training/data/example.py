@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Example:
     def text(self) -> str:
         """Prompt and completion as one text."""
         return f"{self.prompt} {self.completion}".strip()
+
+    @classmethod
+    def stored(cls, content: Mapping[str, Any]) -> "Example":
+        """Inverse of `asdict`, by way of JSON."""
+        return cls(**{**content, "choices": tuple(content["choices"])})
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -1,8 +1,8 @@
 """What a federation can be told."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.documents import Section
 
@@ -14,13 +14,14 @@ class FederationOptions(Section):
     """
 
     clients: int = Field(10, ge=2, description="How many the training data are parted among.")
-    ranks: tuple[int, ...] = Field(
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64, 32, 16, 16, 8, 8, 4, 4, 4, 4), min_length=1, description="Of their LoRAs, in turn; α is twice the rank."
     )
     rounds: int = Field(3, ge=1, description="How often clients train and the server gathers.")
     skew: float = Field(
         0.5,
         gt=0,
+        allow_inf_nan=False,
         description="Concentration of the Dirichlet distribution that parts each answer's examples: small "
         "for clients that are unlike, large for alike ones.",
     )
@@ -31,3 +32,16 @@ class FederationOptions(Section):
     )
     rank: int | None = Field(None, ge=1, description="Cut the global adapter to this rank after each round.")
     least: int = Field(1, ge=1, description="Clients that must have come through for a round to count.")
+    runner: Literal["process", "flower"] = Field(
+        "process",
+        description="Where clients train. process: here, one after the other; flower: as nodes of Flower's simulation, "
+        "each in a process of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FederationOptions":
+        if "ranks" in self.model_fields_set and len(self.ranks) > self.clients:
+            raise ValueError(f"{len(self.ranks)} ranks are given for {self.clients} clients")
+        if self.least > self.clients:
+            raise ValueError(f"least is {self.least}, but there are {self.clients} clients")
+        return self
