@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,13 +94,7 @@ class _Kept:
 
     round: int
     workdir: Path
-    whole: Adapter | None
-
-    def __hash__(self) -> int:
-        return hash((self.round, self.workdir))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kept) and (self.round, self.workdir) == (other.round, other.workdir)
+    whole: Adapter | None = field(compare=False)
 
 
 @lru_cache(maxsize=1)  # a process serves several clients, one after the other
