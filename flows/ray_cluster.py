@@ -33,7 +33,8 @@ def ray_runner() -> Any | None:
     if not named.startswith(_LOCAL):
         return RayTaskRunner(address=named)
     workers = int(named.removeprefix(_LOCAL))
-    options = {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False}
+    # "local": one of its own, where a cluster happens to run on this machine, too
+    options = {"address": "local", "num_cpus": workers, "include_dashboard": False, "log_to_driver": False}
     return RayTaskRunner(init_kwargs=options)
 
 

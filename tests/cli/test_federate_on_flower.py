@@ -49,9 +49,10 @@ def contents(told: dict[str, Any]) -> list[bytes]:
 
 
 @installed
-def test_it_makes_what_this_process_makes_bit_for_bit(recipe: Path) -> None:
-    here = federate(recipe, "--set", "adapter=grown-here")
-    there = federate(recipe, "--set", "adapter=grown-there", "--runner", "flower")
+@pytest.mark.parametrize("how", ["stack", "average"])
+def test_it_makes_what_this_process_makes_bit_for_bit(recipe: Path, how: str) -> None:
+    here = federate(recipe, "--set", f"adapter={how}-here", "--aggregation", how)
+    there = federate(recipe, "--set", f"adapter={how}-there", "--aggregation", how, "--runner", "flower")
     assert len(contents(here)) == 8 and contents(here) == contents(there)
     assert not list(get_settings().runs.glob("federate-*"))
 
@@ -141,6 +142,6 @@ def test_a_client_whose_process_dies_is_asked_again(write_recipe: WriteRecipe) -
 def test_where_flower_is_not_installed_it_says_what_to_do(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flwr.app", None)
     monkeypatch.delitem(sys.modules, "training.federation.flower", raising=False)
-    refused = run_here("federate", str(recipe), *SMALL, "--runner", "flower")
+    refused = run_here("federate", str(recipe), *SMALL, "--set", "adapter=flowerless", "--runner", "flower")
     assert refused.code == 2 and "not installed" in refused.err and "regraft[flower]" in refused.err
-    assert not list(get_settings().runs.glob("federate-flower-*"))
+    assert not list(get_settings().runs.glob("federate-flowerless-*"))

@@ -271,9 +271,11 @@ class _Simulation:
 
     def _check(self) -> None:
         if not self._thread.is_alive():
-            cause = f": {self._problem.__cause__ or self._problem}" if self._problem else ""
+            cause: BaseException | None = self._problem
+            while cause is not None and cause.__cause__ is not None:
+                cause = cause.__cause__
             raise RegraftError(
-                f"Flower's Simulation Runtime ended unasked{cause}.",
+                f"Flower's Simulation Runtime ended unasked{f': {cause}' if cause else ''}.",
                 "Give the same command again: clients that came through do not train again.",
             )
 
@@ -316,6 +318,7 @@ def _resources(count: int, ray: str | None) -> dict[str, dict[str, Any]]:
     if ray is None or ray.startswith("local:"):
         most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         start |= {
+            "address": "local",  # not a cluster that happens to run on this machine
             "num_cpus": min(count, int(ray.removeprefix("local:")) if ray else most),
             "include_dashboard": False,
         }
