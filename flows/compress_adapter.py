@@ -23,6 +23,7 @@ from flows.reports import report_picture, report_table
 from flows.run_states import cancel_if_interrupted
 from flows.suites import Prepared
 from infra.errors import InvalidInput
+from infra.files import write_whole
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.addresses import adapter_name, alias_name
@@ -273,9 +274,7 @@ class _Values:
         key = " ".join([title, *(f"{suite.metric}:{fingerprint(suite.examples)}" for suite in suites)])
         if key not in self._known:
             self._known[key] = self._measured(form, suites, title)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._known))
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(self._known))
         return self._known[key]
 
     def done(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from infra.errors import InvalidInput, NotMergeable
-from infra.folders import require_free
+from infra.files import require_free
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from serving.loading import LoadedAdapter, load

@@ -23,6 +23,7 @@ from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from flows.suites import default_suites
 from infra.errors import RegraftError
+from infra.files import write_whole
 from registry import AdapterRegistry
 from registry.models import VersionState
 from registry.records import Parent
@@ -92,7 +93,7 @@ def federate(recipe: Recipe, options: FederationOptions = FederationOptions(), e
         rounds = [Round.model_validate(each) for each in _known(kept, [])]
         for number in range(len(rounds) + 1, options.rounds + 1):
             rounds.append(_round(plan, number, rounds[-1].address if rounds else None, clients))
-            _keep(kept, [each.model_dump(mode="json") for each in rounds])
+            write_whole(kept, json.dumps([each.model_dump(mode="json") for each in rounds]))
         registry, found = AdapterRegistry(), {}
         if evaluate:
             prepared = drawn(default_suites(recipe), registry.get(rounds[-1].address))
@@ -196,7 +197,7 @@ def _register_once(
     there = registry.versions(name) if registry.has_adapter(name) else []
     if "after" not in noted:
         noted["after"] = max((version.number for version in there), default=0)
-        _keep(kept, known)
+        write_whole(kept, json.dumps(known))
     made = next(
         (
             version.address
@@ -218,7 +219,7 @@ def _register_once(
             metrics,
         ).address
     )
-    _keep(kept, known)
+    write_whole(kept, json.dumps(known))
     return str(noted["address"])
 
 
@@ -238,9 +239,3 @@ def _stored(directory: Path, name: str) -> Adapter:
 
 def _known(path: Path, nothing: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else nothing
-
-
-def _keep(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)

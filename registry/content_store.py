@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from shutil import rmtree
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotFound, ServiceUnavailable
-from infra.folders import require_free
+from infra.files import require_free
 from registry.artifacts import (
     ABANDONED_AFTER,
     ArtifactStore,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from infra.documents import told
 from infra.errors import BaseModelMismatch, CorruptArtifact, InvalidInput, NotFound
-from infra.folders import require_free
+from infra.files import require_free
 from training.methods.catalog import CATALOG, get_method
 from training.methods.contract import CONFIG_FILE, TENSORS_FILE, Adapted, stored_config, written_config, written_tensors
 

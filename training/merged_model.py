@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from infra.errors import InvalidInput, NotMergeable
-from infra.folders import require_free
+from infra.files import require_free
 from training.interchange.merge_proof import MergeProof, prove
 from training.interchange.probes import Probe, probes
 from training.interchange.weight_changes import base_tensors, parameters_of

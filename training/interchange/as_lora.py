@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from infra.errors import InvalidInput, NotMergeable
-from infra.folders import require_free
+from infra.files import require_free
 from training.interchange.lora_layers import LoraLayer, LoraLayers, layers_from_peft, layers_to_peft
 from training.interchange.truncation import Keep, Loss, Update, truncated
 from training.interchange.weight_changes import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
-from infra.folders import require_free
+from infra.files import require_free
 from training.methods.contract import Adapted, origin, write_stored
 from training.methods.injected import PREFIX, InjectedAdapted, base_of, matrix
 from training.methods.peft_method import PeftAdapted, bare

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from infra.documents import Section, told
 from infra.errors import CorruptArtifact, InvalidInput
-from infra.folders import require_free
+from infra.files import require_free
 from training.adapter_files import attach_stored, write_adapter
 from training.base_models import LoadedBase
 from training.data.example import Example

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.files import write_whole
 from training.evaluation.prompt_cache import Ids, PromptCache, judging
 
 SECONDS_BETWEEN = 10.0  # of keeping what is under way
@@ -55,10 +56,7 @@ class Unfinished:
         self._due = time.monotonic() + SECONDS_BETWEEN
         kept = {"of": self._of, "written": written, "ended": ended, "active": active}
         kept["generator"] = bytes(generator.get_state().tolist()).hex()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        partial.write_text(json.dumps(kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps(kept))
 
     def done(self) -> None:
         """What was sampled is kept elsewhere."""

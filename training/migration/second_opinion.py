@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infra.files import write_whole
 from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.evaluation.likelihood import log_likelihoods
@@ -123,9 +124,7 @@ def settled(
 
 def store(path: Path, opinions: Sequence[Opinion]) -> None:
     """Write opinions to a file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(each) for each in opinions]), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps([asdict(each) for each in opinions]))
 
 
 def stored(path: Path) -> list[Opinion]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from infra.errors import InvalidInput, RegraftError
+from infra.files import write_whole
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.prompt_cache import plain_model
 from training.migration.listing import listing, parse
@@ -299,8 +300,4 @@ def _stored(path: Path | None, origin: str) -> Iterator[Round]:
 
 def _store(path: Path, origin: str, rounds: Sequence[Round]) -> None:
     """Write all rounds anew, so that the file is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    lines = [json.dumps({"of": origin, **asdict(made)}) for made in rounds]
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(f"{json.dumps({'of': origin, **asdict(made)})}\n" for made in rounds))

@@ -1,8 +1,16 @@
-"""Folders that something is written into."""
+"""Files and folders that something is written into."""
 
 from pathlib import Path
 
 from infra.errors import Conflict
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, or comes after a kill, finds the old content or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def require_free(folder: Path) -> None:
