@@ -48,6 +48,8 @@ from training.migration.options import (
     MigrationOptions,
     SynthesisOptions,
 )
+from training.migration.second_opinion import differing, halves
+from training.migration.second_opinion import settled as settle
 from training.migration.soft_labels import soft_labels
 from training.migration.synthesis import synthesise
 from training.objectives.distillation import Distillation, Distilled
@@ -124,6 +126,7 @@ class Scene:
         margins: of the discriminator.
         real: the rows that the teacher was trained on.
         answer: the teacher's greedy answers.
+        settled: all inputs with the answers that are settled between the teacher and what the target learns of it.
     """
 
     task: Planted
@@ -133,6 +136,7 @@ class Scene:
     margins: Sequence[float]
     real: Sequence[Example]
     answer: Callable[[Sequence[str]], Sequence[Example]]
+    settled: Callable[[], Sequence[Example]]
 
     @property
     def seeds(self) -> list[Example]:
@@ -200,6 +204,12 @@ def with_seeds(scene: Scene) -> Sequence[Example]:
     return [*odds_and_lengths(scene), *scene.seeds]
 
 
+def settled_answers(scene: Scene) -> Sequence[Example]:
+    """The same with settled answers."""
+    chosen = {each.prompt for each in odds_and_lengths(scene)}
+    return [*(each for each in scene.settled() if each.prompt in chosen), *scene.seeds]
+
+
 def right_answers(scene: Scene) -> Sequence[Example]:
     """The same inputs with their right answers: what the teacher's mistakes cost."""
     return [Example(each.prompt, scene.task.answer(each.prompt)) for each in odds_and_lengths(scene)]
@@ -225,6 +235,7 @@ SPREAD: dict[str, Variant] = {
     "spread seeds, real lengths": lengths,
     "spread seeds, both": odds_and_lengths,
     OURS: with_seeds,
+    "regraft, settled answers": settled_answers,
     "spread seeds, both, right answers": right_answers,
     "the real rows": real_rows,
 }
@@ -346,7 +357,19 @@ def prepared(
     )
     found[f"{choice} seeds: balanced accuracy of the discriminator"] = kit.discriminator.balanced_accuracy
     found[f"{choice} seeds: acceptance"] = pool.acceptance
-    return Scene(task, seed, kit, pool.inputs, pool.margins, real, answer)
+
+    def settled() -> Sequence[Example]:
+        examples, opinions = answer(pool.inputs), []
+        parts, seeds = halves(len(examples), seed), [Example(each.prompt, each.completion) for each in kit.seeds]
+        for learnt, asked in (parts, parts[::-1]):
+            with borrowed(target.model), TemporaryDirectory() as scratch:
+                model = trained(target, [*(examples[place] for place in learnt), *seeds], seed)
+                target_form = PromptFormat(target.tokenizer)  # type: ignore[arg-type]
+                kept_in = Path(scratch) / "answers.jsonl"
+                opinions += differing(model, target_form, examples, asked, longest=kit.longest_answer, kept_in=kept_in)
+        return settle(teacher, form, examples, opinions)
+
+    return Scene(task, seed, kit, pool.inputs, pool.margins, real, answer, settled)
 
 
 MEASURES = {"text": measure, "logits": measure_logits}
