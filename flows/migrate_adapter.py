@@ -315,7 +315,7 @@ def _settled(plan: Plan, pool: Pool, labelled: Labelled) -> Labelled:
     for half, (learnt, asked) in enumerate((parts, parts[::-1])):
         kept = plan.workdir / "work" / f"opinions-{half}.json"
         if learnt and not kept.is_file():
-            second_opinion.store(kept, _opinions(plan, examples, learnt, asked, half))
+            second_opinion.store(kept, _opinions(plan, labelled, learnt, asked, half))
         opinions += second_opinion.stored(kept) if learnt else []
     with _teacher(plan) as (model, tokenizer), gpu_slot(best_device()):
         form = PromptFormat(tokenizer, plan.recipe.data.instruction_text)
@@ -326,16 +326,16 @@ def _settled(plan: Plan, pool: Pool, labelled: Labelled) -> Labelled:
 
 
 def _opinions(
-    plan: Plan, examples: Sequence[Example], learnt: Sequence[int], asked: Sequence[int], half: int
+    plan: Plan, labelled: Labelled, learnt: Sequence[int], asked: Sequence[int], half: int
 ) -> list[second_opinion.Opinion]:
     told = f"migrate {plan.source.address}: second opinions, half {half + 1}"
     training, asking = Stage(f"{told}, training"), Stage(told)
-    seeds = (seed for seed in plan.seeds if seed.completion)
+    own = replace(labelled, examples=tuple(labelled.examples[place] for place in learnt))
     with _bare(plan.target_folder.reference, plan.student) as target, gpu_slot(best_device()):
         adapted, _ = train_recipe(
             plan.student,
             target,
-            (*(examples[place] for place in learnt), *seeds),
+            plan.learnt(own),
             (),
             workdir=plan.workdir / "work" / f"half-{half}",
             on_event=lambda event: training(event.step, event.total_steps, f"loss {event.loss:.3f}"),
@@ -344,7 +344,7 @@ def _opinions(
         return second_opinion.differing(
             adapted.model.eval(),
             PromptFormat(target.tokenizer, plan.student.data.instruction_text),
-            examples,
+            labelled.examples,
             asked,
             longest=plan.longest_answer,
             kept_in=plan.workdir / "work" / f"answers-{half}.jsonl",

@@ -1,5 +1,7 @@
 """Packed bits made by NumPy alone, with what they stand for in float64, and inputs of every kind of stride."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,3 +46,12 @@ def error(found: Tensor, exact: Tensor) -> float:
     if not exact.numel():
         return 0.0
     return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_close(name: str, found: Mapping[str, bool | float], tolerance: Mapping[str, float]) -> None:
+    """What a case found, named "… DTYPE": truths are true, errors below the tolerance of its dtype."""
+    for what, value in found.items():
+        if isinstance(value, bool):
+            assert value, (name, what)
+        else:
+            assert value < tolerance[name.split()[-1]], (name, what, value)

@@ -18,7 +18,7 @@ from kernels.codebook import (
 from kernels.dispatch import triton_is_there
 from tests.kernels.interpreted_codebook import HIGH, LOW, case, gradient
 from tests.kernels.own_process import printed
-from tests.kernels.packed import DTYPES, SHAPES, codes, inputs
+from tests.kernels.packed import DTYPES, SHAPES, assert_close, codes, inputs
 from training.compression import compress, container, decompress
 from training.compression.levels import levels
 
@@ -26,18 +26,10 @@ from training.compression.levels import levels
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
 
 
-def assert_close(name: str, found: dict[str, Any]) -> None:
-    for what, value in found.items():
-        if isinstance(value, bool):
-            assert value, (name, what)
-        else:
-            assert value < TOLERANCE[name.split()[-1]], (name, what, value)
-
-
 def assert_report(report: dict[str, Any]) -> None:
     assert len(report["cases"]) == len(SHAPES) * len(DTYPES)
     for name, found in report["cases"].items():
-        assert_close(name, found)
+        assert_close(name, found, TOLERANCE)
     assert report["others"]["gradient"] < TOLERANCE["float32"]
 
 
@@ -57,7 +49,7 @@ def test_the_native_kernels_agree_with_float64_over_odd_shapes_and_dtypes() -> N
 def test_on_cpu_without_the_interpreter_the_fast_path_agrees_with_float64(shape: tuple[int, int], dtype: str) -> None:
     found = case(shape, dtype, "cpu")
     assert not found.pop("kernel")
-    assert_close(f"{shape} {dtype}", found)
+    assert_close(f"{shape} {dtype}", found, TOLERANCE)
 
 
 def test_a_gradient_flows_through_the_fast_path() -> None:

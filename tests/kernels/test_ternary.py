@@ -17,7 +17,7 @@ from kernels.ternary import (
 )
 from tests.kernels.interpreted_ternary import case, gradient, many_tokens, unaligned
 from tests.kernels.own_process import printed
-from tests.kernels.packed import DTYPES, SHAPES, inputs, ternary
+from tests.kernels.packed import DTYPES, SHAPES, assert_close, inputs, ternary
 from training.compression import compress, decompress
 from training.compression.compeft import masks
 
@@ -25,18 +25,10 @@ from training.compression.compeft import masks
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
 
 
-def assert_close(name: str, found: dict[str, Any]) -> None:
-    for what, value in found.items():
-        if isinstance(value, bool):
-            assert value, (name, what)
-        else:
-            assert value < TOLERANCE[name.split()[-1]], (name, what, value)
-
-
 def assert_report(report: dict[str, Any]) -> None:
     assert len(report["cases"]) == len(SHAPES) * len(DTYPES)
     for name, found in report["cases"].items():
-        assert_close(name, found)
+        assert_close(name, found, TOLERANCE)
     assert len(report["others"]) == 3
     for name, value in report["others"].items():
         assert value < TOLERANCE["float32"], name
@@ -72,7 +64,7 @@ def test_on_a_gpu_float64_is_computed_by_pytorch_and_devices_that_differ_are_ref
 def test_on_cpu_without_the_interpreter_the_fast_path_agrees_with_float64(shape: tuple[int, int], dtype: str) -> None:
     found = case(shape, dtype, "cpu")
     assert not found.pop("kernel")
-    assert_close(f"{shape} {dtype}", found)
+    assert_close(f"{shape} {dtype}", found, TOLERANCE)
 
 
 def test_the_fast_path_takes_many_tokens_masks_within_words_and_gives_a_gradient() -> None:
