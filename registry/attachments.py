@@ -1,101 +1,61 @@
 """Artifacts that belong to a version beside its own, found by what they are to it (`migration_kit`).
 
 They are kept for ever, as the version is: another of the same relation takes the place of the one before, which stays.
-The steps are those of a registration (see registration.py), less MLflow: announced in the tables, stored, made ready.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from infra.errors import Conflict, InvalidInput
-from registry import journal, versions
-from registry.artifacts import ArtifactStore
-from registry.content_store import manifest_of
+from infra.errors import InvalidInput
+from registry import versions
+from registry.artifacts import ArtifactStore, Manifest
 from registry.database import Database
-from registry.models import Adapter, Attachment, BaseModel, JournalState, Version
+from registry.keeping import Keeping
+from registry.models import Adapter, Attachment, BaseModel, Version
 from registry.records import AttachmentRecord
-from registry.registration import delete_if_unused
 
 KIND = "attach"
 MIGRATION_KIT = "migration_kit"
 
 
-@dataclass(frozen=True, slots=True)
-class Attaching:
-    """The steps of attaching, over tables and artifact store."""
+def attach(
+    database: Database, store: ArtifactStore, address: str, relation: str, directory: Path, details: Mapping[str, Any]
+) -> int:
+    """Keep a directory as something that belongs to a version; returns the id of the ready attachment.
 
-    database: Database
-    store: ArtifactStore
+    Raises:
+        Conflict: the version is not ready, or the directory changed meanwhile.
+        InvalidInput: the relation has no name, or the directory is empty or holds a link or a special file.
+    """
+    if not relation:
+        raise InvalidInput(f"What is attached to {address} needs a relation to it.")
 
-    def attach(self, address: str, relation: str, directory: Path, details: Mapping[str, Any]) -> int:
-        """Take a directory through all steps; returns the id of the ready attachment.
+    def made(session: Session, manifest: Manifest) -> Attachment:
+        version = versions.find(session, address)
+        versions.require_loadable(version)
+        return Attachment(
+            version_id=version.id,
+            relation=relation,
+            artifact_sha256=manifest.sha256,
+            size_bytes=manifest.size_bytes,
+            details=dict(details),
+        )
 
-        Raises:
-            Conflict: the version is not ready, or the directory changed meanwhile.
-            InvalidInput: the relation has no name, or the directory is empty or holds a link or a special file.
-        """
-        if not relation:
-            raise InvalidInput(f"What is attached to {address} needs a relation to it.")
-        manifest = manifest_of(directory)
-        with self.database.writing() as session:
-            version = versions.find(session, address)
-            versions.require_loadable(version)
-            row = Attachment(
-                version_id=version.id,
-                relation=relation,
-                artifact_sha256=manifest.sha256,
-                size_bytes=manifest.size_bytes,
-                details=dict(details),
-            )
-            session.add(row)
-            session.flush()
-            attachment_id = row.id
-            entry = journal.announce(session, KIND, {"attachment_id": attachment_id, "address": version.address})
-        try:
-            if self.store.put(directory).sha256 != manifest.sha256:
-                raise Conflict(f"{directory} changed while it was being attached to {address}.", "Attach it again.")
-            self.complete(attachment_id, entry)
-        except BaseException:
-            self._give_up(attachment_id, entry)
-            raise
-        return attachment_id
+    return keeping(database, store).keep(directory, f"{relation} of {address}", made)
 
-    def complete(self, attachment_id: int, entry: int) -> None:
-        """Make it ready. The bytes must be durable.
 
-        Raises:
-            Conflict: it was undone meanwhile.
-        """
-        with self.database.writing() as session:
-            journal.close(session, entry, JournalState.DONE)
-            session.get_one(Attachment, attachment_id).ready = True
+def keeping(database: Database, store: ArtifactStore) -> Keeping[Attachment]:
+    """The steps of attaching."""
+    return Keeping(database, store, Attachment, KIND)
 
-    def undo(self, attachment_id: int, entry: int) -> None:
-        """Take the row out, and the bytes where nothing else uses them.
 
-        Raises:
-            Conflict: it was completed or undone meanwhile.
-        """
-        with self.database.writing() as session:
-            journal.close(session, entry, JournalState.UNDONE)
-            row = session.get_one(Attachment, attachment_id)
-            session.delete(row)
-            session.flush()
-            delete_if_unused(session, self.store, row.artifact_sha256)
-
-    def _give_up(self, attachment_id: int, entry: int) -> None:
-        """Undo; where a store does not answer even for that, leave the entry open for `fsck`."""
-        try:
-            self.undo(attachment_id, entry)
-        except Exception:
-            with suppress(Exception), self.database.writing() as session:
-                journal.abandon(session, entry)
+def named(row: Attachment) -> str:
+    """What it is called in messages."""
+    return f"{row.version.address} {row.relation}"
 
 
 def newest(session: Session, version: Version, relation: str) -> Attachment | None:

@@ -11,12 +11,23 @@ from functools import partial
 from sqlalchemy import select
 
 from infra.errors import NotFound, RegraftError
-from registry import aliases, attachments, journal, registration
+from registry import aliases, attachments, dataset_versions, journal, registration
 from registry.addresses import alias_name
+from registry.artifact_use import delete_if_unused, used_artifacts
 from registry.artifacts import ArtifactStore
-from registry.attachments import Attaching
 from registry.database import Database
-from registry.models import Adapter, Alias, Attachment, Decision, JournalEntry, JournalState, Version, VersionState
+from registry.keeping import Keeping, Row
+from registry.models import (
+    Adapter,
+    Alias,
+    Attachment,
+    DatasetVersion,
+    Decision,
+    JournalEntry,
+    JournalState,
+    Version,
+    VersionState,
+)
 from registry.registration import Registration
 from registry.tracking import Tracking, artifact_source
 from registry.versions import VISIBLE
@@ -82,7 +93,10 @@ class Fsck:
 
     def _faults(self) -> Iterator[_Fault]:
         yield from self._interrupted_registrations()
-        yield from self._interrupted_attachments()
+        yield from self._interrupted_keeping(attachments.keeping(self.database, self.store), attachments.named)
+        yield from self._interrupted_keeping(
+            dataset_versions.keeping(self.database, self.store), dataset_versions.named
+        )
         yield from self._orphan_artifacts()
         yield from self._damaged_artifacts()
         yield from self._model_versions()
@@ -128,28 +142,26 @@ class Fsck:
     def _registration(self) -> Registration:
         return Registration(self.database, self.store, self.tracking)
 
-    # ---- attachments
+    # ---- attachments and data sets
 
-    def _interrupted_attachments(self) -> Iterator[_Fault]:
+    def _interrupted_keeping(self, keeping: Keeping[Row], subject: Callable[[Row], str]) -> Iterator[_Fault]:
         with self.database.reading() as session:
-            entries = journal.open_entries(session, attachments.KIND)
-            work = [(entry, session.get_one(Attachment, entry.payload["attachment_id"])) for entry in entries]
-        attaching = Attaching(self.database, self.store)
+            entries = journal.open_entries(session, keeping.kind)
+            work = [(entry, session.get_one(keeping.table, entry.payload[keeping.key])) for entry in entries]
         for entry, row in work:
             if not journal.is_abandoned(entry):
                 continue
             if self.store.contains(row.artifact_sha256) and not self._problems(row.artifact_sha256):
-                how, mend = "complete it: its bytes are whole", attaching.complete
+                how, mend = "complete it: its bytes are whole", keeping.complete
             else:
-                how, mend = "undo it: its bytes were never stored", attaching.undo
-            problem = "was interrupted while it was being attached"
-            yield _Fault(f"{row.version.address} {row.relation}", problem, how, partial(mend, row.id, entry.id))
+                how, mend = "undo it: its bytes were never stored", keeping.undo
+            yield _Fault(subject(row), "was interrupted while it was being kept", how, partial(mend, row.id, entry.id))
 
     # ---- artifacts
 
     def _orphan_artifacts(self) -> Iterator[_Fault]:
         with self.database.reading() as session:
-            used = registration.used_artifacts(session)
+            used = used_artifacts(session)
             failed = set(session.scalars(select(Version.artifact_sha256).where(Version.state == VersionState.FAILED)))
         for sha256 in sorted(failed - used):
             if self.store.contains(sha256):
@@ -158,13 +170,15 @@ class Fsck:
 
     def _delete(self, sha256: str) -> None:
         with self.database.writing() as session:
-            registration.delete_if_unused(session, self.store, sha256)
+            delete_if_unused(session, self.store, sha256)
 
     def _damaged_artifacts(self) -> Iterator[_Fault]:
         needed = [(version.address, version.artifact_sha256) for version in self._visible()]
         with self.database.reading() as session:
             rows = session.scalars(select(Attachment).where(Attachment.ready).order_by(Attachment.id)).unique()
-            needed += [(f"{row.version.address} {row.relation}", row.artifact_sha256) for row in rows]
+            needed += [(attachments.named(row), row.artifact_sha256) for row in rows]
+            kept = session.scalars(select(DatasetVersion).where(DatasetVersion.ready).order_by(DatasetVersion.id))
+            needed += [(dataset_versions.named(row), row.artifact_sha256) for row in kept]
         for subject, sha256 in needed:
             if problems := self._problems(sha256):
                 mend, how = None, "give a copy of the store: regraft fsck --repair --from URL"

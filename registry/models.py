@@ -153,6 +153,38 @@ class Dataset(Table):
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
     rows: Mapped[int]
     origin: Mapped[dict[str, Any]]
+    drawn_from_id: Mapped[int | None] = mapped_column(ForeignKey("regraft_dataset_versions.id"), index=True)
+
+    drawn_from: Mapped["DatasetVersion | None"] = relationship(lazy="joined")
+
+
+class DatasetVersion(Table):
+    """One immutable set of rows that was chosen and is kept whole, scores and all; `origin` says how it was chosen."""
+
+    __tablename__ = "regraft_dataset_versions"
+    __table_args__ = (
+        UniqueConstraint("name", "number"),
+        CheckConstraint("number >= 1", name="number_from_one"),
+        CheckConstraint("rows >= 1", name="has_rows"),
+        CheckConstraint("length(artifact_sha256) = 64", name="artifact_is_sha256"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(63))
+    number: Mapped[int]
+    fingerprint: Mapped[str] = mapped_column(String(64), index=True)
+    rows: Mapped[int] = mapped_column(BigInteger)
+    origin: Mapped[dict[str, Any]]
+    artifact_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    ready: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = mapped_column(default=_now)
+
+    @property
+    def address(self) -> str:
+        """`name@3`."""
+        return f"{self.name}@{self.number}"
 
 
 class Version(Table):

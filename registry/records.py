@@ -10,6 +10,7 @@ from registry.models import (
     Attachment,
     BaseModel,
     Dataset,
+    DatasetVersion,
     Decision,
     Evaluation,
     Promotion,
@@ -66,17 +67,52 @@ class BaseModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class DatasetRecord:
-    """What a version was trained on: name, content fingerprint, number of rows, where it came from."""
+    """What a version was trained on: name, content fingerprint, number of rows, where it came from.
+
+    `drawn_from` is the address of the data-set version that the rows are of, where they are of one.
+    """
 
     name: str
     fingerprint: str
     rows: int
     origin: dict[str, Any]
+    drawn_from: str | None = None
 
     @classmethod
     def of(cls, row: Dataset) -> "DatasetRecord":
         """Detach a row."""
-        return cls(row.name, row.fingerprint, row.rows, row.origin)
+        drawn_from = row.drawn_from.address if row.drawn_from else None
+        return cls(row.name, row.fingerprint, row.rows, row.origin, drawn_from)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetVersionRecord:
+    """A set of rows that was chosen and is kept: its address, content fingerprint, and how it was chosen."""
+
+    address: str
+    name: str
+    number: int
+    fingerprint: str
+    rows: int
+    origin: dict[str, Any]
+    artifact_sha256: str
+    size_bytes: int
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: DatasetVersion) -> "DatasetVersionRecord":
+        """Detach a row."""
+        return cls(
+            row.address,
+            row.name,
+            row.number,
+            row.fingerprint,
+            row.rows,
+            row.origin,
+            row.artifact_sha256,
+            row.size_bytes,
+            row.created_at,
+        )
 
 
 @dataclass(frozen=True, slots=True)

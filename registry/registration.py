@@ -21,12 +21,20 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from infra.errors import BaseModelMismatch, Conflict, NotFound, RegraftError
-from registry import journal, lineage, versions
+from registry import dataset_versions, journal, lineage, versions
 from registry.adapter_directory import AdapterFiles
+from registry.artifact_use import delete_if_unused
 from registry.artifacts import ArtifactStore
 from registry.content_store import manifest_of
 from registry.database import Database
-from registry.models import Adapter, Attachment, BaseModel, Dataset, JournalState, Version, VersionState
+from registry.models import (
+    Adapter,
+    BaseModel,
+    Dataset,
+    JournalState,
+    Version,
+    VersionState,
+)
 from registry.records import BaseModelRecord, DatasetRecord, Parent, short
 from registry.tracking import Tracking, artifact_source
 
@@ -173,24 +181,6 @@ def version_tags(version: Version) -> dict[str, str]:
     }
 
 
-def used_artifacts(session: Session) -> set[str]:
-    """The artifacts of versions that have not failed, and those attached to versions."""
-    own = session.scalars(select(Version.artifact_sha256).where(Version.state != VersionState.FAILED))
-    return {*own, *session.scalars(select(Attachment.artifact_sha256))}
-
-
-def delete_if_unused(session: Session, store: ArtifactStore, artifact_sha256: str) -> bool:
-    """Delete an artifact that no living version or attachment refers to; call it under the writers' lock.
-
-    Whoever stores announces the hash under the same lock before, so none can come to rely on these bytes.
-    """
-    if artifact_sha256 in used_artifacts(session) or not store.contains(artifact_sha256):
-        return False
-    with suppress(NotFound):
-        store.delete(artifact_sha256)
-    return True
-
-
 def _pending_row(session: Session, said: Announcement, artifact_sha256: str, size_bytes: int) -> Version:
     base = session.scalar(select(BaseModel).where(BaseModel.identity_sha256 == said.base_identity))
     if base is None:
@@ -228,7 +218,8 @@ def _pending_row(session: Session, said: Announcement, artifact_sha256: str, siz
 
 
 def _dataset(session: Session, said: DatasetRecord) -> Dataset:
-    known = select(Dataset).where(Dataset.name == said.name, Dataset.fingerprint == said.fingerprint)
-    return session.scalar(known) or Dataset(
-        name=said.name, fingerprint=said.fingerprint, rows=said.rows, origin=dict(said.origin)
-    )
+    known = session.scalar(select(Dataset).where(Dataset.name == said.name, Dataset.fingerprint == said.fingerprint))
+    row = known or Dataset(name=said.name, fingerprint=said.fingerprint, rows=said.rows, origin=dict(said.origin))
+    if said.drawn_from is not None:
+        row.drawn_from = dataset_versions.find(session, said.drawn_from)
+    return row

@@ -10,17 +10,26 @@ from sqlalchemy import select
 
 from infra.errors import CorruptArtifact
 from infra.settings import Settings, get_settings
-from registry import aliases, attachments, base_models, evaluations, interchange, lineage, local_copies, versions
+from registry import (
+    aliases,
+    attachments,
+    base_models,
+    dataset_versions,
+    evaluations,
+    interchange,
+    lineage,
+    local_copies,
+    versions,
+)
 from registry.adapter_directory import inspect_adapter
 from registry.addresses import adapter_name, alias_name
 from registry.artifacts import ArtifactStore, open_artifact_store
-from registry.attachments import Attaching
 from registry.database import Database
 from registry.evaluations import Details
 from registry.fsck import Finding, Fsck
 from registry.gate import Gate
 from registry.lineage import LineageEdgeRecord, LineageGraph
-from registry.models import Attachment, BaseModel, Promotion, Version
+from registry.models import Attachment, BaseModel, DatasetVersion, Promotion, Version
 from registry.policy import Policy
 from registry.promotion import Verdict
 from registry.records import (
@@ -29,6 +38,7 @@ from registry.records import (
     AttachmentRecord,
     BaseModelRecord,
     DatasetRecord,
+    DatasetVersionRecord,
     EvaluationRecord,
     Parent,
     PromotionRecord,
@@ -265,7 +275,7 @@ class AdapterRegistry:
             Conflict: the version is pending or failed, or the directory changed meanwhile.
             InvalidInput: the directory is empty, or holds a link or a special file.
         """
-        row_id = Attaching(self.database, self.store).attach(address, relation, Path(directory), details or {})
+        row_id = attachments.attach(self.database, self.store, address, relation, Path(directory), details or {})
         with self.database.reading() as session:
             return AttachmentRecord.of(session.get_one(Attachment, row_id))
 
@@ -298,6 +308,63 @@ class AdapterRegistry:
         except CorruptArtifact as error:
             raise CorruptArtifact(
                 f"The {attachment.relation} of {attachment.address} fails its checksum: {error.what}",
+                "Restore it with: regraft fsck --repair --from URL",
+            ) from error
+
+    # ---- data sets
+
+    def keep_dataset(
+        self, name: str, directory: Path, *, fingerprint: str, rows: int, origin: Mapping[str, Any]
+    ) -> DatasetVersionRecord:
+        """Keep chosen rows as the next version of a data set; one with the same rows and origin is found again.
+
+        Args:
+            name: of the data set.
+            directory: its files, copied into the artifact store.
+            fingerprint: of the rows' content.
+            rows: how many.
+            origin: how they were chosen, from what; plain JSON values.
+
+        Raises:
+            InvalidInput: not a name, or a directory that is empty or holds a link or a special file.
+            Conflict: the directory changed meanwhile.
+        """
+        row_id = dataset_versions.keep(
+            self.database, self.store, name, Path(directory), fingerprint=fingerprint, rows=rows, origin=origin
+        )
+        with self.database.reading() as session:
+            return DatasetVersionRecord.of(session.get_one(DatasetVersion, row_id))
+
+    def dataset(self, address: str) -> DatasetVersionRecord:
+        """The data set at `NAME@2`, or the newest version of `NAME`."""
+        with self.database.reading() as session:
+            return DatasetVersionRecord.of(dataset_versions.find(session, address))
+
+    def datasets(self) -> list[DatasetVersionRecord]:
+        """All versions of all data sets that are kept, by name, newest first."""
+        with self.database.reading() as session:
+            query = select(DatasetVersion).where(DatasetVersion.ready)
+            rows = session.scalars(query.order_by(DatasetVersion.name, DatasetVersion.number.desc()))
+            return [DatasetVersionRecord.of(row) for row in rows]
+
+    def trained_on(self, address: str) -> list[VersionRecord]:
+        """The adapter versions that were trained on rows of a data set, oldest first."""
+        with self.database.reading() as session:
+            rows = dataset_versions.trained_on(session, dataset_versions.find(session, address))
+            return [VersionRecord.of(row) for row in rows]
+
+    def materialise_dataset(self, address: str) -> Path:
+        """A local directory with a data set's files, every byte checked now. Shared and kept: do not write to it.
+
+        Raises:
+            CorruptArtifact: the stored bytes are not what was kept.
+        """
+        record = self.dataset(address)
+        try:
+            return local_copies.materialise(self.store, record.artifact_sha256, self.settings.home / "adapters")
+        except CorruptArtifact as error:
+            raise CorruptArtifact(
+                f"The data set {record.address} fails its checksum: {error.what}",
                 "Restore it with: regraft fsck --repair --from URL",
             ) from error
 
