@@ -72,10 +72,10 @@ def plain_answers(base: LoadedBase, prompts: Sequence[list[int]], room: int, end
     return answers
 
 
-def timed(run: Callable[[], list]) -> tuple[float, list]:
+def timed(run: Callable[..., list], *arguments: object, **options: object) -> tuple[float, list]:
     """Seconds, and what came out."""
     began = time.perf_counter()
-    found = run()
+    found = run(*arguments, **options)
     return time.perf_counter() - began, found
 
 
@@ -102,14 +102,14 @@ def of_choices(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[i
         for choice in of_item
     ]
     pairs = [(ids(base, prompt), ids(base, choice)) for prompt, choice in texts]
-    seconds, scores = timed(lambda: log_likelihoods(base.model, pairs))
-    slowly, plainly = timed(lambda: plain_likelihoods(base, pairs))
+    seconds, scores = timed(log_likelihoods, base.model, pairs)
+    slowly, plainly = timed(plain_likelihoods, base, pairs)
     require_alike("plain loop", scores, plainly)
     theirs = {}
     for size in batch_sizes:
         model = harness(base, size)
         requests = [(text, *pair) for text, pair in zip(texts, pairs, strict=True)]
-        theirs[size], found = timed(lambda: model._loglikelihood_tokens(requests, disable_tqdm=True))
+        theirs[size], found = timed(model._loglikelihood_tokens, requests, disable_tqdm=True)
         require_alike("lm-eval", scores, [score for score, _ in found])
     return rows_of(f"multiple choice, {shots} solved examples", items, seconds, slowly, theirs)
 
@@ -121,19 +121,16 @@ def of_answers(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[i
     rows = [ids(base, prompt) for prompt in prompts]
     room = max(len(ids(base, form.completion(text))) for (text,) in wanted) + SPARE_TOKENS
     ends = end_tokens(base.model, base.tokenizer, form)
-    seconds, answers = timed(
-        lambda: greedy_answers(
-            base.model, base.tokenizer, rows, max_new_tokens=room, ends=ends, stop_strings=form.stop_strings
-        )
-    )
-    slowly, plainly = timed(lambda: plain_answers(base, rows, room, ends))
+    told = {"max_new_tokens": room, "ends": ends, "stop_strings": form.stop_strings}
+    seconds, answers = timed(greedy_answers, base.model, base.tokenizer, rows, **told)
+    slowly, plainly = timed(plain_answers, base, rows, room, ends)
     require_alike("plain loop", answers, plainly)
     theirs = {}
     for size in batch_sizes:
         model = harness(base, size)
-        told = {"until": [base.tokenizer.decode([end]) for end in sorted(ends)], "max_gen_toks": room}
-        requests = [Instance("generate_until", {}, (prompt, told), place) for place, prompt in enumerate(prompts)]
-        theirs[size], found = timed(lambda: model.generate_until(requests, disable_tqdm=True))
+        until = {"until": [base.tokenizer.decode([end]) for end in sorted(ends)], "max_gen_toks": room}
+        requests = [Instance("generate_until", {}, (prompt, until), place) for place, prompt in enumerate(prompts)]
+        theirs[size], found = timed(model.generate_until, requests, disable_tqdm=True)
         require_alike("lm-eval", answers, [text.strip() for text in found])
     return rows_of(f"greedy answers, {shots} solved examples", items, seconds, slowly, theirs)
 

@@ -11,6 +11,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.base_models import find_base
+from flows.data_sets import readable
 from flows.gpu import gpu_slot
 from flows.progress import Stage
 from flows.reports import report_table
@@ -59,6 +60,11 @@ def build_migration_kit(
         raise InvalidInput(
             f"The data of {recipe.data.name} are not those that {version.address} was trained on.",
             "Bring them back, or train a new version on these.",
+        )
+    if not any(example.completion for example in data.train):
+        raise InvalidInput(
+            f"{version.address} was trained on plain text: there are no answers that another base could learn.",
+            "Train on the text again, on the other base.",
         )
     named = task or words(recipe)
     made_from = _made_from(version, data.fingerprint, named, recipe, options)
@@ -109,7 +115,7 @@ def keep_kit(version: VersionRecord, recipe: Recipe) -> AttachmentRecord | None:
         Interrupted: Ctrl-C or SIGTERM.
     """
     _, folder = find_base(version.base.name)
-    if recipe.migration_kit is None or writes_no_text(folder):
+    if recipe.migration_kit is None or writes_no_text(folder) or readable(recipe.data).columns.text:
         return None
     options = recipe.migration_kit
     try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.base_models import find_base
+from flows.data_sets import readable
 from flows.reports import report_table
 from infra.errors import InvalidInput
 from training.base_models import load_tokenizer
@@ -40,7 +41,7 @@ def select_data(recipe: Recipe) -> SelectedData:
 
     Lengths are counted in tokens of the recipe's base model.
     """
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = load_splits(readable(recipe.data), recipe.seed)
     _, folder = find_base(recipe.base)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

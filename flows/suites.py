@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flows.data_sets import readable
 from infra.errors import InvalidInput
 from training.data.example import Example
 from training.data.sampling import sample
@@ -99,7 +100,7 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False, held_out:
 
 def _examples(suite: Suite, recipe: Recipe, held_out: bool) -> tuple[Sequence[Example], tuple[Example, ...]]:
     """What a suite's items are drawn from, and its solved examples; training data that may be gone are left alone."""
-    data = recipe.data
+    data = readable(recipe.data)
     if held_out or (data.task is None and suite.split == "test" and data.test is not None and not suite.shots):
         return load_held_out(data, suite.split, recipe.seed), ()
     splits = load_splits(data, recipe.seed)

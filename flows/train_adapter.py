@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
 from flows.base_models import find_base
+from flows.data_sets import pinned
 from flows.evaluate_adapter import SuiteResult, evaluate_adapter
 from flows.gpu import gpu_slot
 from flows.migration_kit import keep_kit
@@ -93,6 +94,7 @@ def train_adapter(
         )
     if recipe.migration_kit is not None:
         redaction(recipe.migration_kit.redact)
+    recipe = recipe.model_copy(update={"data": pinned(recipe.data)})
     report_recipe(recipe)
     data = select_data(recipe)
     newest = _newest(recipe.adapter)
@@ -210,7 +212,7 @@ def _register(
         description=recipe.description or None,
         mlflow_run_id=run_id,
         metrics={**metrics, "seconds": outcome.seconds},  # not in the files: the same tensors, the same artifact
-        dataset=DatasetRecord(recipe.data.name, data.fingerprint, len(data.train), origin),
+        dataset=DatasetRecord(recipe.data.name, data.fingerprint, len(data.train), origin, recipe.data.selected),
     )
 
 

@@ -129,7 +129,10 @@ def train_recipe(
 
 
 def _encoded(recipe: Recipe, base: "LoadedBase", examples: Sequence[Example], seed: int) -> list[Encoded]:
-    """Examples as the base reads them; of a masked language model the seed draws what is hidden."""
+    """Examples as the base reads them; of a masked language model the seed draws what is hidden.
+
+    Plain texts are learnt whole, in no prompt format.
+    """
     options, tokenizer = recipe.training, base.tokenizer
 
     def named(number: int) -> str:
@@ -143,18 +146,14 @@ def _encoded(recipe: Recipe, base: "LoadedBase", examples: Sequence[Example], se
             generator=torch.Generator().manual_seed(seed),
             named=named,
         )
-    plain = next((number for number, example in enumerate(examples, start=1) if not example.completion), None)
-    if plain is not None:
-        raise InvalidInput(
-            f"{named(plain)} is plain text; {type(base.model).__name__} is trained on prompts and completions.",
-            "Name their columns (data.columns), or take a masked language model as the base.",
-        )
     prompts = PromptFormat(tokenizer, recipe.data.instruction_text)
+    plain = bool(examples) and not any(example.completion for example in examples)
+    texts = (("", prompts.plain_text(example.prompt)) for example in examples)
     return encode(
-        map(prompts.training_text, examples),
+        texts if plain else map(prompts.training_text, examples),
         tokenizer,
         max_length=options.max_length,
-        loss_on=options.loss_on,
+        loss_on="everything" if plain else options.loss_on,
         named=named,
     )
 

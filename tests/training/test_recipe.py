@@ -77,7 +77,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"training": {"steps": 0}}, "training.steps"),
         ({"training": {"early_stopping": 2}}, "early_stopping needs validate_every"),
         ({"data": {"task": "object_countin"}}, "Did you mean 'object_counting'?"),
-        ({"data": {}}, "exactly one of task, file and dataset"),
+        ({"data": {}}, "exactly one of task, file, dataset and selected"),
         ({"evaluation": [{"metrc": "exact_match"}]}, "evaluation[0].metrc is not an option. Did you mean 'metric'?"),
         ({"seed": -1}, "seed"),
         ({"migration_kit": {"seds": 3}}, "migration_kit.seds is not an option. Did you mean 'seeds'?"),

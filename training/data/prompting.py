@@ -94,6 +94,10 @@ class PromptFormat:
         """Prompt and completion of an example."""
         return self.prompt(example.prompt, shots), self.completion(example.completion)
 
+    def plain_text(self, text: str) -> str:
+        """A text that is no answer to anything, as in pretraining: from the start mark to the end of text."""
+        return f"{self._start_mark}{text}{self.tokenizer.eos_token or ''}"
+
     def _chat_prompt(self, question: str, shots: Sequence[Example]) -> str:
         turns: list[Message] = []
         for shot in shots:

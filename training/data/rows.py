@@ -25,7 +25,7 @@ class Columns(Section):
     messages: str | None = Field(
         None, description="Chat turns ({role, content} objects). The last assistant turn is the completion."
     )
-    text: str | None = Field(None, description="Plain text, for masked language models.")
+    text: str | None = Field(None, description="Plain text, that is learnt whole.")
 
     @model_validator(mode="after")
     def _one_layout(self) -> "Columns":

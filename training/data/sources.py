@@ -39,11 +39,12 @@ class Fractions(Section):
 
 
 class DataSource(Section):
-    """A built-in task, a file, or a Hugging Face data set: exactly one of the three."""
+    """A built-in task, a file, a Hugging Face data set, or rows that were selected: exactly one of them."""
 
     task: str | None = Field(None, description="A built-in task.")
     file: Path | None = Field(None, description="JSONL, CSV, TSV or Parquet; from the recipe's folder.")
     dataset: str | None = Field(None, description="A folder of save_to_disk, or an id of the Hugging Face hub.")
+    selected: str | None = Field(None, description="A data set that `regraft data select` kept: NAME@2, or NAME.")
     configuration: str | None = Field(None, description="Configuration of the hub data set.")
     revision: str | None = Field(None, description="Commit, tag or branch of the hub data set.")
     split: str | None = Field(None, description="The data set's split to train on. Default: train.")
@@ -62,9 +63,11 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataSource":
-        given = [name for name in ("task", "file", "dataset") if getattr(self, name) is not None]
+        given = [name for name in ("task", "file", "dataset", "selected") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of task, file and dataset ({' and '.join(given) or 'none'} given)")
+            raise ValueError(
+                f"give exactly one of task, file, dataset and selected ({' and '.join(given) or 'none'} given)"
+            )
         (kind,) = given
         if self.task is not None and self.task not in CATALOG:
             raise ValueError(f"'{self.task}' is not a task. {did_you_mean(self.task, list(CATALOG))}")
@@ -73,8 +76,8 @@ class DataSource(Section):
                 raise ValueError(f"{name} goes with dataset, not with {kind}")
         if kind == "task" and (self.validation or self.test or self.fractions != Fractions()):
             raise ValueError("a task has its own splits: leave out validation, test and fractions")
-        if kind == "task" and self.columns != Columns():
-            raise ValueError("a task has no columns")
+        if kind in ("task", "selected") and self.columns != Columns():
+            raise ValueError(f"columns do not go with {kind}: they are known")
         for part in ("validation", "test"):
             if getattr(self, part) is not None and getattr(self.fractions, part) is not None:
                 raise ValueError(f"give {part} or fractions.{part}, not both")
@@ -85,7 +88,7 @@ class DataSource(Section):
     @property
     def name(self) -> str:
         """What to call it in a sentence: the task, the file's name, or the data set."""
-        return self.task or (self.file.name if self.file else str(self.dataset))
+        return self.task or self.selected or (self.file.name if self.file else str(self.dataset))
 
     @property
     def instruction_text(self) -> str:
@@ -97,9 +100,10 @@ class DataSource(Section):
     def anchored(self, folder: Path) -> "DataSource":
         """The same source with relative paths counted from `folder`."""
         update: dict[str, object] = {}
+        if self.file is not None or self.selected is not None:
+            update |= {part: str(folder / name) for part in ("validation", "test") if (name := getattr(self, part))}
         if self.file is not None:
             update["file"] = folder / self.file
-            update |= {part: str(folder / name) for part in ("validation", "test") if (name := getattr(self, part))}
         elif self.dataset is not None and (folder / self.dataset).is_dir():
             update["dataset"] = str(folder / self.dataset)
         return self.model_copy(update=update)

@@ -260,11 +260,11 @@ def test_a_file_that_only_claims_to_be_parquet_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({}, "exactly one of task, file and dataset"),
+        ({}, "exactly one of task, file, dataset and selected"),
         ({"task": "navigate", "file": "x.jsonl"}, "task and file given"),
         ({"task": "navigat"}, "Did you mean 'navigate'"),
         ({"task": "navigate", "test": "x.jsonl"}, "a task has its own splits"),
-        ({"task": "navigate", "columns": {"prompt": "q"}}, "a task has no columns"),
+        ({"task": "navigate", "columns": {"prompt": "q"}}, "columns do not go with task"),
         ({"file": "x.jsonl", "revision": "main"}, "revision goes with dataset"),
         ({"file": "x.jsonl", "test": "y.jsonl", "fractions": {"test": 0.1}}, "give test or fractions.test"),
         ({"file": "x.jsonl", "fractions": {"test": 0.5, "validation": 0.5}}, "nothing to train on"),
