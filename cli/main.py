@@ -18,6 +18,7 @@ from cli import (
     federate,
     generate,
     kit,
+    leaderboard,
     lineage,
     merge,
     methods,
@@ -56,6 +57,7 @@ app.add_typer(methods.app, name="methods", rich_help_panel=WORK)
 app.add_typer(tasks.app, name="tasks", rich_help_panel=WORK)
 app.add_typer(adapters.app, name="adapters", rich_help_panel=LIFE)
 app.command("lineage", rich_help_panel=LIFE)(lineage.lineage)
+app.command("leaderboard", rich_help_panel=LIFE)(leaderboard.leaderboard)
 app.command("promote", rich_help_panel=LIFE)(promote.promote)
 app.command("migrate", rich_help_panel=LIFE)(migrate.migrate)
 app.command("compress", rich_help_panel=LIFE)(compress.compress)

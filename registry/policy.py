@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from infra.documents import Section, parse, read_yaml
 
-_LOWER_IS_BETTER = ("perplexity", "loss")
+LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 class SuitePolicy(Section):
@@ -51,7 +51,7 @@ class SuitePolicy(Section):
 
     def improves_upwards(self, metric: str) -> bool:
         """Whether a higher value of the metric is a better one."""
-        return metric not in _LOWER_IS_BETTER if self.higher_is_better is None else self.higher_is_better
+        return metric not in LOWER_IS_BETTER if self.higher_is_better is None else self.higher_is_better
 
 
 class Policy(Section):

@@ -28,6 +28,7 @@ from registry.database import Database
 from registry.evaluations import Details
 from registry.fsck import Finding, Fsck
 from registry.gate import Gate
+from registry.leaderboard import Leaderboard, leaderboards
 from registry.lineage import LineageEdgeRecord, LineageGraph
 from registry.models import Attachment, BaseModel, DatasetVersion, Promotion, Version
 from registry.policy import Policy
@@ -389,6 +390,35 @@ class AdapterRegistry:
         """All evaluations of a version, newest first."""
         with self.database.reading() as session:
             return evaluations.of_version(session, versions.find(session, address))
+
+    def leaderboard(
+        self,
+        task: str,
+        *,
+        base: str | None = None,
+        method: str | None = None,
+        metric: str | None = None,
+        limit: int | None = None,
+        all_versions: bool = False,
+    ) -> list[Leaderboard]:
+        """Ready versions ranked by what they measured on a task: a table for each suite, metric and set of items.
+
+        Args:
+            task: a task, all of whose suites are meant, or the title of one suite.
+            base: only versions on this base model.
+            method: only versions of this method.
+            metric: only numbers of this metric.
+            limit: rows of each table; ranks and tests are those of the whole table.
+            all_versions: every version. Default: of each adapter, base and method the production holder, else the
+                newest that was measured.
+
+        Raises:
+            NotFound: nothing was measured on it; names what there is. Or no such base model.
+        """
+        with self.database.reading() as session:
+            return leaderboards(
+                session, task, base=base, method=method, metric=metric, limit=limit, all_versions=all_versions
+            )
 
     # ---- aliases
 

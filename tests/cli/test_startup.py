@@ -33,7 +33,9 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
     assert not modules & {*HEAVY, "sqlalchemy", "pydantic_settings", "registry", "training", "flows"}
 
 
-@pytest.mark.parametrize("arguments", [["adapters", "list"], ["base", "list"], ["adapters", "list", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["adapters", "list"], ["base", "list"], ["leaderboard", "x"], ["adapters", "list", "--json"]]
+)
 def test_listing_the_registry_needs_tables_only(home: Path, arguments: list[str]) -> None:
     modules = imported_by(COMMANDS, json.dumps(arguments))
     assert "sqlalchemy" in modules
