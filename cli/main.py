@@ -12,6 +12,7 @@ from cli import (
     adapters,
     base,
     compress,
+    curve,
     database,
     demo,
     evaluate,
@@ -52,6 +53,7 @@ app.command("demo", rich_help_panel=WORK)(demo.demo)
 app.command("train", rich_help_panel=WORK)(train.train)
 app.command("federate", rich_help_panel=WORK)(federate.federate)
 app.command("evaluate", rich_help_panel=WORK)(evaluate.evaluate)
+app.command("curve", rich_help_panel=WORK)(curve.curve)
 app.command("generate", rich_help_panel=WORK)(generate.generate)
 app.add_typer(methods.app, name="methods", rich_help_panel=WORK)
 app.add_typer(tasks.app, name="tasks", rich_help_panel=WORK)

@@ -10,6 +10,7 @@ from cli.console import Json, console, measured, print_json, show, size
 if TYPE_CHECKING:
     from flows.evaluate_adapter import SuiteResult
     from flows.train_adapter import TrainedVersion
+    from training.recipe import Recipe
 
 
 def train(
@@ -34,15 +35,7 @@ def train(
       [bold]regraft train recipes/counting.yaml --no-kit[/]  (nothing of the data is kept)
       [bold]regraft train counting@3[/]  (the stored recipe again: the same tensors, bit for bit)
     """
-    from training.recipe import load_recipe
-
-    changes = overrides(set_ or []) | ({} if kit else {"migration_kit": False})
-    if "@" in recipe.name and not recipe.exists():
-        from flows.train_adapter import stored_recipe
-
-        chosen = stored_recipe(str(recipe), changes)
-    else:
-        chosen = load_recipe(recipe, changes)
+    chosen = chosen_recipe(recipe, overrides(set_ or []) | ({} if kit else {"migration_kit": False}))
 
     from cli.session import connect_flows, live_progress
     from registry.addresses import adapter_name
@@ -57,6 +50,17 @@ def train(
         print_json(trained)
         return
     _tell(trained)
+
+
+def chosen_recipe(place: Path, changes: dict[str, Any]) -> "Recipe":
+    """The recipe in a file, or that of a version; with changes by dotted key."""
+    if "@" in place.name and not place.exists():
+        from flows.train_adapter import stored_recipe
+
+        return stored_recipe(str(place), changes)
+    from training.recipe import load_recipe
+
+    return load_recipe(place, changes)
 
 
 def _tell(trained: "TrainedVersion") -> None:
