@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,9 +227,13 @@ def _require_alike(recipes: Sequence[Recipe], bases: Sequence[str]) -> None:
 
 def _reference(text: str) -> float | VersionRecord:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         pass
+    else:
+        if not math.isfinite(number):
+            raise InvalidInput(f"--reference {text}: that is no score.", "A number, or NAME@VERSION.")
+        return number
     try:
         return AdapterRegistry().get(text)
     except (InvalidInput, NotFound) as error:

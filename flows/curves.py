@@ -115,7 +115,8 @@ def draw_curves(
     curves = []
     for base, arm in dict.fromkeys((m.base, m.arm) for m in measurements):
         own = [m for m in measurements if (m.base, m.arm) == (base, arm)]
-        for title, tasks in mean_of(list(dict.fromkeys(m.task for m in own))).items():
+        of_task = {m.task: m for m in own}
+        for title, tasks in mean_of(list(of_task)).items():
             points, seeds = _points(own, tasks)
             full = points[-1].score.value
             lost = allowed_loss * abs(full) if metric in LOWER_IS_BETTER else allowed_loss
@@ -128,7 +129,7 @@ def draw_curves(
                     arm=arm,
                     task=title,
                     metric=metric,
-                    samples=sum(m.samples for m in own if m.budget == own[0].budget and m.seed == 0),
+                    samples=sum(of_task[task].samples for task in tasks),
                     bare=fmean(bare[base, task] for task in tasks),
                     points=shown,
                     reference=reference,

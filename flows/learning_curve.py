@@ -209,7 +209,8 @@ def _bare(tasks: Sequence[StudiedTask], kept: _Kept) -> dict[tuple[str, str], fl
 
     values = {}
     for studied in tasks:
-        asked = f"{fingerprint(studied.suite.examples)} {studied.suite.metric} {studied.suite.instruction}"
+        suite = studied.suite
+        asked = f"{fingerprint(suite.examples)} {suite.metric} {suite.max_new_tokens} {suite.instruction}"
         (found,) = kept.of(f"{studied.base.identity_sha256} {asked}", partial(measure, studied))
         values[studied.base.name, studied.title] = found.value
     return values

@@ -126,6 +126,7 @@ def test_one_adapter_for_many_tasks_stands_beside_one_for_each(write_recipe: Wri
         for place, point in enumerate(mean["points"]):
             assert point["value"] == pytest.approx(fmean(part["points"][place]["value"] for part in parts))
     assert len({c["bare"] for c in found["curves"] if c["task"] == "curved-logic"}) == 1
+    assert [c["samples"] for c in found["curves"]] == [24, 24, 48] * 2
 
 
 def test_a_joint_adapter_learns_all_tasks_for_the_sum_of_their_steps_with_instructions_in_the_prompts(
@@ -231,6 +232,7 @@ def test_what_cannot_be_studied_is_refused_before_any_work(recipe: Path, write_r
         ((recipe, other, "--joint"), 2, "their method differs"),
         ((recipe, "--reference", "nobody@3"), 3, "There is no adapter 'nobody'"),
         ((recipe, "--reference", "7 %"), 2, "cannot be a name"),
+        ((recipe, "--reference", "nan"), 2, "no score"),
         ((recipe, "--set", "evaluation=[{shots: 2}]"), 2, "no suite on its own data without shots"),
     ):
         refused = run_here("curve", *map(str, arguments))
