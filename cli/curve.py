@@ -49,7 +49,7 @@ def curve(
     Examples:
       [bold]regraft curve recipes/counting.yaml[/]
       [bold]regraft curve recipes/counting.yaml --reference 0.7 --base smollm2-135m-instruct --base gemma3-270m[/]
-      [bold]regraft curve recipes/counting.yaml recipes/boolean.yaml --joint --budgets 10,50,all[/]
+      [bold]regraft curve recipes/counting.yaml logic.yaml --joint --set method=lora --budgets 10,50,all[/]
     """
     from cli.session import connect_flows, live_progress, resumable
     from cli.train import chosen_recipe, overrides

@@ -19,6 +19,7 @@ from training.recipe import Recipe
 from training.trainer import total_steps
 
 EACH, JOINT = "one each", "joint"
+_EXAMPLES = {"method": "lora", "training": "{steps: 100}", "base": "smollm2-135m-instruct"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _require_alike(recipes: Sequence[Recipe], bases: Sequence[str]) -> None:
             if getattr(first, part) != getattr(other, part):
                 raise InvalidInput(
                     f"{first.adapter} and {other.adapter} cannot share an adapter: their {part} differs.",
-                    f"Set it for both, e.g. with --set {part}….",
+                    f"Set it for all of them, e.g. --set '{part}={_EXAMPLES[part]}'",
                 )
 
 
