@@ -93,7 +93,7 @@ def learning_curve(
         curves=curves,
         reference=told,
         notes=_notes(plan, of_base[0]),
-        trainings=sum(len(list(trainings(plan, tasks))) for tasks in of_base),
+        trainings=kept.asked,
         trained=kept.trained,
         folder=plan.workdir,
         seconds=time.monotonic() - began,
@@ -126,7 +126,7 @@ class _Kept:
 
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
-        self.trained = 0
+        self.asked = self.trained = 0
         self._path = workdir / "measured.json"
         self._known: dict[str, list[EvaluationResult]] = {}
         if self._path.is_file():
@@ -144,13 +144,15 @@ class _Kept:
 
     def of_training(self, training: Training, tell: Callable[[str], None]) -> list[EvaluationResult]:
         """What an adapter measures on each of its tasks; trained where that is not known."""
+        key, self.asked = training.key, self.asked + 1
+        workdir = self.workdir / key
 
         def measure() -> list[EvaluationResult]:
             self.trained += 1
-            return _train_and_measure(training, self.workdir / training.key, tell)
+            return _train_and_measure(training, workdir, tell)
 
-        found = self.of(training.key, measure)
-        shutil.rmtree(self.workdir / training.key, ignore_errors=True)  # its checkpoints have done their duty
+        found = self.of(key, measure)
+        shutil.rmtree(workdir, ignore_errors=True)  # its checkpoints have done their duty
         return found
 
 
