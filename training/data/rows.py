@@ -22,6 +22,7 @@ class Columns(Section):
     prompt: str = "prompt"
     completion: str = "completion"
     choices: str | None = Field(None, description="Candidate completions: a list, or a JSON list in CSV.")
+    tests: str | None = Field(None, description="Python asserts that judge a completion which is a program.")
     messages: str | None = Field(
         None, description="Chat turns ({role, content} objects). The last assistant turn is the completion."
     )
@@ -29,9 +30,9 @@ class Columns(Section):
 
     @model_validator(mode="after")
     def _one_layout(self) -> "Columns":
-        apart = (self.prompt, self.completion, self.choices) != ("prompt", "completion", None)
+        apart = (self.prompt, self.completion, self.choices, self.tests) != ("prompt", "completion", None, None)
         if sum(map(bool, (self.messages, self.text, apart))) > 1:
-            raise ValueError("give messages, or text, or prompt, completion and choices")
+            raise ValueError("give messages, or text, or prompt, completion, choices and tests")
         return self
 
 
@@ -72,8 +73,9 @@ def to_examples(rows: Iterable[Row], columns: Columns, on_empty: Literal["error"
 def _example(place: str, row: dict[str, Any], columns: Columns) -> Example:
     prompt = _text(place, columns.prompt, _value(place, row, "prompt", columns.prompt))
     completion = _text(place, columns.completion, _value(place, row, "completion", columns.completion)).strip()
+    tests = _text(place, columns.tests, _value(place, row, "tests", columns.tests)) if columns.tests else ""
     if columns.choices is None:
-        return Example(prompt, completion, place=place)
+        return Example(prompt, completion, tests=tests, place=place)
     choices = _value(place, row, "choices", columns.choices)
     if isinstance(choices, str):
         try:
@@ -82,9 +84,8 @@ def _example(place: str, row: dict[str, Any], columns: Columns) -> Example:
             choices = None
     if not isinstance(choices, list) or not choices:
         raise InvalidInput(f"{place}: {columns.choices} is not a list.", 'Write it as ["Yes", "No"].')
-    return Example(
-        prompt, completion, tuple(_text(place, columns.choices, choice).strip() for choice in choices), place
-    )
+    texts = tuple(_text(place, columns.choices, choice).strip() for choice in choices)
+    return Example(prompt, completion, texts, tests, place)
 
 
 def _from_messages(place: str, row: dict[str, Any], column: str) -> Example:

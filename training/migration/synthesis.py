@@ -22,9 +22,9 @@ from infra.errors import InvalidInput, RegraftError
 from infra.files import write_whole
 from training.evaluation.evaluate import end_tokens
 from training.evaluation.prompt_cache import plain_model
+from training.evaluation.sampling import Unfinished, sampled
 from training.migration.listing import listing, parse
 from training.migration.options import SynthesisOptions
-from training.migration.sampling import Unfinished, sampled
 from training.migration.screening import Screen
 
 Margins = Callable[[Sequence[str]], Sequence[float]]

@@ -16,6 +16,7 @@ CATALOG = (
     "multistep_arithmetic",
     "navigate",
     "object_counting",
+    "python_functions",
     "temporal_sequences",
     "tracking_shuffled_objects",
     "web_of_lies",

@@ -10,7 +10,7 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from infra.errors import InvalidInput, NotFound
-from training.data.example import Example
+from training.data.example import Example, fingerprint
 from training.data.sources import DataSource, load_held_out, load_splits, read_examples
 from training.tasks.catalog import get_task
 
@@ -88,6 +88,15 @@ def test_choices_in_csv_are_a_json_list(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('prompt,completion,choices\nWell?,Yes,"[""Yes"", ""No""]"\n')
     assert read(path, columns={"choices": "choices"}) == [Example("Well?", "Yes", ("Yes", "No"))]
+
+
+def test_tests_of_a_program_come_from_their_column_and_are_part_of_the_fingerprint(tmp_path):
+    row = {"prompt": "Double it.", "completion": "def f(x): return 2 * x", "check": "assert f(2) == 4"}
+    (example,) = read(write_jsonl(tmp_path / "data.jsonl", [row]), columns={"tests": "check"})
+    assert example == Example(row["prompt"], row["completion"], tests=row["check"])
+    without = Example(row["prompt"], row["completion"])
+    assert fingerprint([example]) != fingerprint([without])
+    refused(write_jsonl(tmp_path / "other.jsonl", [row]), "no column 'test'", columns={"tests": "test"})
 
 
 def test_completions_lose_the_space_around_them_and_prompts_keep_theirs(tmp_path):

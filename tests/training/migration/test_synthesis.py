@@ -10,9 +10,9 @@ import torch
 
 from infra.errors import InvalidInput, RegraftError
 from tests.tiny_models import tiny_llama, tiny_tokenizer
+from training.evaluation.sampling import Sampled
 from training.migration import synthesis
 from training.migration.options import SynthesisOptions
-from training.migration.sampling import Sampled
 from training.migration.synthesis import Pool, synthesise
 
 SEEDS = ["zebra apple", "yak quince", "wren lemon"]

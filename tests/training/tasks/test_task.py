@@ -30,6 +30,7 @@ FINGERPRINTS = {
     "multistep_arithmetic": "e1348ff6464c2aec017e2635f7048ebf672e1d0c6d1b299342cad3a053f82fac",
     "navigate": "18a84208d155a5df9bcb03da3dba35b39dcdc18c8b1a669cf709cb1f3d53e09f",
     "object_counting": "3acc589b47e48c932ea7a3e84d6f15806caa95c3e160fc05d72de1fee2a92fb5",
+    "python_functions": "239ffc14d9afb41f88e9f268dec644421aa077ce5ea597926808f0de43860b1d",
     "temporal_sequences": "cbedaaeee5876ec37eaf05c3b3295e7080e89ec78fc0636d926eed9cf395738b",
     "tracking_shuffled_objects": "0dc91b1c5d0907b6ec531b5766d947755f10177bb0058e0ea055be9ced81aede",
     "web_of_lies": "3578ce88a04f5a1af0d3cdb2d93e02e37d37641231f4418b8a8d33cea1df96c6",

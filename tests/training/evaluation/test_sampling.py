@@ -8,8 +8,8 @@ import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from tests.tiny_models import tiny_gemma3, tiny_gpt2, tiny_llama
-from training.migration import sampling
-from training.migration.sampling import Sampled, Unfinished, nucleus, sampled
+from training.evaluation import sampling
+from training.evaluation.sampling import Sampled, Unfinished, nucleus, sampled
 
 PROMPT = [1, 40, 41, 42, 43, 44]
 
