@@ -27,6 +27,7 @@ from cli import (
     promote,
     schedule,
     services,
+    study,
     tasks,
     train,
     transfer,
@@ -54,6 +55,7 @@ app.command("train", rich_help_panel=WORK)(train.train)
 app.command("federate", rich_help_panel=WORK)(federate.federate)
 app.command("evaluate", rich_help_panel=WORK)(evaluate.evaluate)
 app.command("curve", rich_help_panel=WORK)(curve.curve)
+app.add_typer(study.app, name="study", rich_help_panel=WORK)
 app.command("generate", rich_help_panel=WORK)(generate.generate)
 app.add_typer(methods.app, name="methods", rich_help_panel=WORK)
 app.add_typer(tasks.app, name="tasks", rich_help_panel=WORK)

@@ -3,7 +3,6 @@
 One file, without scripts and without anything from elsewhere, to be sent around.
 """
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,6 +11,8 @@ from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
+
+from flows.pictures import as_svg, axes_of_a_picture
 
 _PAGE = Path(__file__).with_name("fleet_report.html")
 
@@ -56,32 +57,15 @@ def _pictures(adapters: Sequence[Mapping[str, Any]]) -> Sequence[Markup]:
 
 
 def _scatter(old: Sequence[float], new: Sequence[float]) -> Markup:
-    figure, axes = _axes()
+    figure, axes = axes_of_a_picture()
     axes.plot((0, 100), (0, 100), color="0.8", linewidth=1)
     axes.scatter(old, new, s=14, color="#3b6ea5", alpha=0.7)
     axes.set(xlabel="old adapter, %", ylabel="new adapter, %", xlim=(-2, 102), ylim=(-2, 102))
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _histogram(values: Sequence[float], label: str) -> Markup:
-    figure, axes = _axes()
+    figure, axes = axes_of_a_picture()
     axes.hist(values, bins=min(20, max(5, len(values) // 5)), color="#3b6ea5")
     axes.set(xlabel=label, ylabel="adapters")
-    return _svg(figure)
-
-
-def _axes() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> Markup:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+    return as_svg(figure)

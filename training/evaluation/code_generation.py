@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -27,9 +26,7 @@ from training.evaluation.evaluate import end_tokens
 from training.evaluation.result import EvaluationResult
 from training.evaluation.sampling import sampled
 from training.evaluation.sandbox import Limits, judge_programs, strongest_isolation
-from training.evaluation.statistics import CONFIDENCE
-
-RESAMPLES = 2_000
+from training.evaluation.statistics import bootstrap_mean
 
 
 class CodeItem(BaseModel):
@@ -78,17 +75,14 @@ class CodeResult(BaseModel):
     def as_evaluation(self, k: int) -> EvaluationResult:
         """pass@k with its 95 % bootstrap interval over items; of one sample each, also right and wrong item by item."""
         values = [pass_at_k(len(item.statuses), item.correct, k) for item in self.items]
-        generator = np.random.default_rng(0)
-        chosen = generator.integers(0, len(values), (RESAMPLES, len(values)))
-        means = np.asarray(values)[chosen].mean(axis=1)
-        low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        interval = bootstrap_mean(values, seed=0)
         single = all(len(item.statuses) == 1 for item in self.items)
         return EvaluationResult(
             metric=f"pass@{k}",
             value=self.pass_at[k],
-            low=float(low),
-            high=float(high),
-            stderr=float(means.std(ddof=1)),
+            low=interval.low,
+            high=interval.high,
+            stderr=interval.stderr,
             samples=len(values),
             outcomes=tuple(item.correct for item in self.items) if single else None,
             answers=tuple(item.programs[0] for item in self.items),
