@@ -42,7 +42,7 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, DETACH = 2, 4, 0x1000, 0x4000,
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NO_SUID = 442, -100, 0x8000, 1 | 2
 DEATH_SIGNAL, DUMPABLE, DROP_BOUNDING, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 24, 36, 38
 CAPABILITIES_VERSION_3 = 0x20080522
-OWN_USERS = 1 << 30  # user ids from here on belong to nobody; root gives each jail one of them
+OWN_USERS = 1 << 30  # user ids from here on belong to nobody; root gives each jail one, so that it counts alone
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -266,12 +266,12 @@ def _reason(error: BaseException, tests: str) -> str:
 
 def supervise(job: dict[str, Any], isolation: str) -> dict[str, object]:
     """Fork the judge, wait for its verdict as long as it may take, and end all that is left of it."""
-    began = time.monotonic()
+    began, own_user = time.monotonic(), OWN_USERS + os.getpid()  # the judge does not see this number
     reading, writing = os.pipe()
     judge_id = os.fork()
     if judge_id == 0:
         os.close(reading)
-        _be_judge(job, isolation, writing)
+        _be_judge(job, isolation, writing, own_user)
     os.close(writing)
     try:
         ready, _, _ = select.select([reading], [], [], job["limits"]["seconds"])
@@ -287,7 +287,7 @@ def supervise(job: dict[str, Any], isolation: str) -> dict[str, object]:
     return {"status": status, "reason": reason, "seconds": seconds}
 
 
-def _be_judge(job: dict[str, Any], isolation: str, verdicts: int) -> None:
+def _be_judge(job: dict[str, Any], isolation: str, verdicts: int, own_user: int) -> None:
     """Judge, write the verdict, and leave; does not return."""
     try:
         _libc.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
@@ -296,7 +296,7 @@ def _be_judge(job: dict[str, Any], isolation: str, verdicts: int) -> None:
         limit(job["limits"])
         inside = isolation == "namespaces"
         as_root = os.geteuid() == 0
-        give_up_privileges(OWN_USERS + os.getppid() % OWN_USERS if inside and as_root else None)
+        give_up_privileges(own_user if inside and as_root else None)
         if inside:
             processes = job["limits"]["processes"] + (1 if as_root else 2)  # this one, and its user's supervisor
             resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))

@@ -46,7 +46,7 @@ class Limits:
     Args:
         seconds: from start to verdict, by the clock.
         cpu_seconds: of each process.
-        memory: bytes of address space, of each process.
+        memory: bytes of address space, of each process; all together may take `processes` times as much.
         processes: and threads, the program itself included. Under `audit` there is but the program.
         disk: bytes of its working directory; under `audit` of each file.
         output: bytes that it may print.
@@ -55,7 +55,7 @@ class Limits:
     seconds: float = 10.0
     cpu_seconds: int = 5
     memory: int = 512 << 20
-    processes: int = 8
+    processes: int = 4
     disk: int = 16 << 20
     output: int = 64 << 10
 

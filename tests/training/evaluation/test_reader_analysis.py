@@ -211,7 +211,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         analyse(study, key.model_copy(update={"answers": forged}), ratings)
     first = study.packets[0][0].model_copy(update={"text": "better"})
     edited = study.model_copy(update={"packets": ((first, *study.packets[0][1:]), *study.packets[1:])})
-    with pytest.raises(CorruptArtifact, match="study.json was changed"):
+    with pytest.raises(CorruptArtifact, match=r"study\.json was changed"):
         analyse(edited, key, ratings)
     with pytest.raises(InvalidInput, match="another study's"):
         analyse(study, key, ratings.model_copy(update={"asked": "other"}))

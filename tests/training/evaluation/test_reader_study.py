@@ -167,7 +167,7 @@ def test_what_was_rated_is_what_is_collected_in_whatever_order_files_and_rows_co
         assert rating.scores == {"fluency": int(row["fluency"]), "correctness": int(row["correctness"])}
         assert rating.preferred is (row["answer"] == "A")
     assert (ratings.asked, ratings.missing, ratings.absent) == ("this one", {1: 0, 2: 0}, ())
-    turned = [row for row in filled(study, 0)[::-1]]
+    turned = filled(study, 0)[::-1]
     assert collect(study, both(study, tmp_path, turned)) == ratings
     assert Ratings.model_validate_json(ratings.model_dump_json()) == ratings
 

@@ -325,6 +325,18 @@ def test_many_programs_are_judged_in_their_order() -> None:
     assert seen == [(n, 6) for n in range(1, 7)]
 
 
+def test_programs_that_run_at_once_do_not_share_their_bounds(isolation: Isolation) -> None:
+    """Each may have one process and a few threads more; together they are more than one of them may have."""
+    allowed = Limits(seconds=60, processes=3)
+    program = (
+        "import threading, time\ndef f():\n t = threading.Thread(target=time.sleep, args=(1,)); t.start(); return 1"
+    )
+    if isolation == "audit":
+        program = "import time\ndef f(): time.sleep(0.5); return 1"
+    verdicts = judge_programs([(program, "assert f() == 1")] * 12, allowed, isolation, workers=12)
+    assert [verdict.status for verdict in verdicts] == ["passed"] * 12, verdicts
+
+
 def test_a_verdict_can_be_had_from_any_thread() -> None:
     found: list[Verdict] = []
     thread = threading.Thread(target=lambda: found.append(judge_program(RIGHT, TESTS, LIMITS)))
