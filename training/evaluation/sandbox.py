@@ -204,7 +204,7 @@ def _jail(interpreter: str, folder: str, job: int) -> Iterator["subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=folder,
-        env={},
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # some Pythons need it
         start_new_session=True,
     )
     try:

@@ -7,7 +7,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -361,3 +362,27 @@ def test_on_another_system_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(InvalidInput, match="on Linux only; this is darwin"):
         judge_program(RIGHT, TESTS, isolation="audit")
+
+
+def test_a_jail_whose_owner_is_killed_ends_itself(isolation: Isolation) -> None:
+    """`kill -9` of the process that asks for a verdict, in the middle of it; the fixture sees to what is left."""
+    owner = os.fork()
+    if owner == 0:
+        try:
+            judge_program("import time; time.sleep(600)", "", Limits(seconds=600), isolation)
+        finally:
+            os._exit(0)
+    child = psutil.Process(owner)
+    _wait_until(lambda: any("untrusted half" in " ".join(each.cmdline()) for each in child.children(recursive=True)))
+    family = child.children(recursive=True)
+    child.kill()
+    os.waitpid(owner, 0)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    for folder in Path(tempfile.gettempdir()).glob("regraft-sandbox-*"):
+        folder.rmdir()  # empty, as nobody was left to remove it
+
+
+def _wait_until(happened: Callable[[], bool]) -> None:
+    while not happened():
+        time.sleep(0.05)
