@@ -36,20 +36,28 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     for number, line in _decoded_lines(path):
-        if not line.strip():
-            continue
-        place = f"{path.name} line {number}"
-        try:
-            row = json.loads(line.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            raise InvalidInput(
-                f"{place} is not JSON: {error.msg} at column {error.colno}.", "Each line is one JSON object."
-            ) from None
-        except RecursionError:
-            raise InvalidInput(f"{place} is nested too deeply.", "Each line is one flat JSON object.") from None
-        if not isinstance(row, dict):
-            raise InvalidInput(f"{place} is a JSON {_JSON_TYPES[type(row)]}.", "Each line is one JSON object.")
-        yield place, row
+        if line.strip():
+            place = f"{path.name} line {number}"
+            yield place, json_object(place, line)
+
+
+def json_object(place: str, line: str) -> dict[str, Any]:
+    """The object on a line of JSONL that stands at `place`.
+
+    Raises:
+        InvalidInput: it is anything else.
+    """
+    try:
+        row = json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise InvalidInput(
+            f"{place} is not JSON: {error.msg} at column {error.colno}.", "Each line is one JSON object."
+        ) from None
+    except RecursionError:
+        raise InvalidInput(f"{place} is nested too deeply.", "Each line is one flat JSON object.") from None
+    if not isinstance(row, dict):
+        raise InvalidInput(f"{place} is a JSON {_JSON_TYPES[type(row)]}.", "Each line is one JSON object.")
+    return row
 
 
 _JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -111,13 +119,22 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1, and lines with their ends."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").decode()
-            except UnicodeDecodeError as error:
-                raise InvalidInput(
-                    f"{path.name} line {number} is not UTF-8 text (byte {error.start + 1} of the line).",
-                    f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name}",
-                ) from None
+            yield number, decoded_line(path, number, line)
+
+
+def decoded_line(path: Path, number: int, line: bytes) -> str:
+    """A line of a file as text; the first one without a byte order mark.
+
+    Raises:
+        InvalidInput: it is not UTF-8.
+    """
+    try:
+        return line.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{path.name} line {number} is not UTF-8 text (byte {error.start + 1} of the line).",
+            f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name}",
+        ) from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

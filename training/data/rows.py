@@ -35,6 +35,13 @@ class Columns(Section):
             raise ValueError("give messages, or text, or prompt, completion, choices and tests")
         return self
 
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        if single := self.messages or self.text:
+            return [single]
+        return [self.prompt, self.completion, *([self.choices] if self.choices else [])]
+
 
 def to_examples(rows: Iterable[Row], columns: Columns, on_empty: Literal["error", "skip"]) -> list[Example]:
     """The rows as examples. Completions lose the white space around them, prompts keep theirs.
@@ -111,6 +118,8 @@ def _text(place: str, column: str, value: Any) -> str:
         return str(value)
     if not isinstance(value, str):
         raise InvalidInput(f"{place}: {column} is {type(value).__name__}, not text.", "Write it as a string.")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InvalidInput(f"{place}: {column} holds half of a surrogate pair.", "Write the text as UTF-8.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{place}: {column} holds half of a surrogate pair.", "Write the text as UTF-8.") from None
     return value
