@@ -179,9 +179,7 @@ def _prepared(target: Tensor, pool: Rows, block_rows: int) -> _Problem:
     return _Problem(target, centre, pool, squares, mean_cost, block_rows)
 
 
-def _begun(
-    problem: _Problem, epsilon: float, tolerance: float, most_passes: int, seed: int
-) -> tuple[Tensor, float]:
+def _begun(problem: _Problem, epsilon: float, tolerance: float, most_passes: int, seed: int) -> tuple[Tensor, float]:
     """f to begin with, and the passes that it cost: the solution on a sample, through larger ε where ε is small."""
     n, m = len(problem.target), len(problem.squares)
     f = torch.zeros(n, dtype=torch.float64, device=problem.target.device)
@@ -203,9 +201,7 @@ def _scalings(epsilon: float) -> int:
 
 def _part(problem: _Problem, which: NDArray[np.int64]) -> _Problem:
     rows = taken(problem.pool, which, problem.target)
-    return _Problem(
-        problem.target, problem.centre, rows, problem.squares[which], problem.mean_cost, problem.block_rows
-    )
+    return _Problem(problem.target, problem.centre, rows, problem.squares[which], problem.mean_cost, problem.block_rows)
 
 
 def _iterated(
@@ -249,7 +245,8 @@ def _accelerated(iterates: list[Tensor], steps: list[Tensor]) -> Tensor:
     gram = dR.T @ dR
     ridge = (1e-10 * gram.diagonal().sum()).clamp_min(1e-300)  # where steps are parallel, or no longer change
     gamma = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), dR.T @ r)
-    return f + r - (dF + dR) @ gamma
+    extrapolated: Tensor = f + r - (dF + dR) @ gamma
+    return extrapolated
 
 
 def _pass(problem: _Problem, f: Tensor, epsilon: float) -> _Iterate:
