@@ -8,7 +8,8 @@ Sinkhorn in the log domain, with uniform weights a = 1/n on the target's x₁…
 
 Only the n numbers f are iterated on. As C = |x|² + |y|² − 2 x·y, and |y|² is the same for all targets, b Pᵢ|ⱼ is the
 softmax over i of 2 x·y/ε + (fᵢ − |xᵢ|²)/ε: one matrix product and one softmax of a block of the pool give its part of
-Σⱼ Pᵢⱼ and its gⱼ, and one pass over the pool is one whole iteration. What makes the passes few:
+Σⱼ Pᵢⱼ and its gⱼ, and one pass over the pool is one whole iteration. The product costs most: a pool, or a part of one,
+that is small enough keeps it. What makes the passes few:
 
 - Anderson's acceleration of the step (Anderson 1965; type II as in Walker and Ni 2011) over the last few f;
 - f begins at the solution for a random part of the pool, whose passes cost a fraction;
@@ -16,8 +17,8 @@ softmax over i of 2 x·y/ε + (fᵢ − |xᵢ|²)/ε: one matrix product and one
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from training.selection.rows import Rows, blocks, require_finite, require_matchi
 
 _BLOCK_NUMBERS = 2**21  # of a block of the cost matrix: 8 MiB in float32
 _BLOCK_NUMBERS_ON_GPU = 2**26
+_KEPT_NUMBERS = 2**27  # most products x·y that are kept from pass to pass: 512 MiB in float32
 _MEMORY = 6  # differences that Anderson's acceleration looks back on
 _SAMPLE = 2**16  # most rows of the pool that f is first found on
 _SMALLEST_SHARE = 8  # the sample is at most this part of the pool
@@ -73,6 +75,7 @@ class _Problem:
     squares: Tensor  # |y|² of the pool (m)
     mean_cost: float
     block_rows: int
+    products: Tensor | None = None  # y·x of all pairs (m, n)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def solve(
     """Entropic optimal transport with squared Euclidean cost.
 
     Computes with the dtype (float32, or float64 for tolerances below 1e-6) and on the device of `target`; memory is
-    O(block_rows · (n + d) + n · d + m).
+    O(block_rows · (n + d) + n · d + m), and at most 512 MiB (1 GiB in float64) of products that are kept.
 
     Args:
         target: (n, d).
@@ -125,6 +128,7 @@ def solve(
     target = target.to(torch.promote_types(target.dtype, torch.float32))
     with torch.no_grad():
         problem = _prepared(target, pool, block_rows or _default_rows(target))
+        problem = _kept(problem)
         f, share = _begun(problem, epsilon, tolerance, most_passes, seed)
         told = (lambda passes: on_progress(passes, most_passes)) if on_progress else None
         last, passes = _iterated(problem, f, epsilon * problem.mean_cost, tolerance, most_passes, told)
@@ -201,7 +205,31 @@ def _scalings(epsilon: float) -> int:
 
 def _part(problem: _Problem, which: NDArray[np.int64]) -> _Problem:
     rows = taken(problem.pool, which, problem.target)
-    return _Problem(problem.target, problem.centre, rows, problem.squares[which], problem.mean_cost, problem.block_rows)
+    return _kept(replace(problem, pool=rows, squares=problem.squares[which], products=None))
+
+
+def _kept(problem: _Problem) -> _Problem:
+    """With the products of all pairs in memory, where that is little."""
+    m, n = len(problem.squares), len(problem.target)
+    if m * n > _KEPT_NUMBERS:
+        return problem
+    products = problem.target.new_empty(m, n)
+    for place, block in _products(problem):
+        products[place] = block
+    return replace(problem, products=products)
+
+
+def _products(problem: _Problem) -> Iterator[tuple[slice, Tensor]]:
+    """y·x (rows, n) of each block of the pool, with its place; overwritten by the next one unless they are kept."""
+    if problem.products is not None:
+        for begin in range(0, len(problem.products), problem.block_rows):
+            place = slice(begin, begin + problem.block_rows)
+            yield place, problem.products[place]
+        return
+    room = problem.target.new_empty(min(problem.block_rows, len(problem.squares)), len(problem.target))
+    for place, block in blocks(problem.pool, problem.block_rows, problem.target):
+        block -= problem.centre
+        yield place, torch.mm(block, problem.target.T, out=room[: len(block)])
 
 
 def _iterated(
@@ -253,15 +281,13 @@ def _pass(problem: _Problem, f: Tensor, epsilon: float) -> _Iterate:
     """The plan's marginals on the target, and g, for `f`: once over the pool."""
     target, n = problem.target, len(problem.target)
     bias = ((f - target.double().square().sum(1)) / epsilon).to(target.dtype)
-    scaled = target.T * (2 / epsilon)
     marginal = torch.zeros_like(f)
     g = torch.empty_like(problem.squares)
-    logits = target.new_empty(problem.block_rows, n)
+    logits = target.new_empty(min(problem.block_rows, len(g)), n)
     shares = torch.empty_like(logits)
-    for place, block in blocks(problem.pool, problem.block_rows, target):
-        block -= problem.centre
-        z, p = logits[: len(block)], shares[: len(block)]
-        torch.addmm(bias, block, scaled, out=z)
+    for place, products in _products(problem):
+        z, p = logits[: len(products)], shares[: len(products)]
+        torch.add(bias, products, alpha=2 / epsilon, out=z)
         torch.softmax(z, 1, out=p)
         marginal += p.sum(0)
         # log Σ exp z from the largest term and its share, without a second exponential of the block

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import InvalidInput
+from training.selection import optimal_transport
 from training.selection.optimal_transport import solve
 
 
@@ -70,7 +71,9 @@ def test_small_epsilon_gives_the_duals_of_the_linear_programme(n, m, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_and_dense_agree_and_the_plan_has_the_marginals(dtype):
+@pytest.mark.parametrize("kept", [0, 2**27])
+def test_blocks_and_dense_agree_and_the_plan_has_the_marginals(monkeypatch, dtype, kept):
+    monkeypatch.setattr(optimal_transport, "_KEPT_NUMBERS", kept)
     target, pool = points(20, 300, 6, seed=1, dtype=dtype)
     C = costs(target, pool)
     found = {rows: solve(target, pool, epsilon=0.05, tolerance=1e-6, block_rows=rows) for rows in (1, 7, 300, 1000)}
@@ -84,7 +87,9 @@ def test_blocks_and_dense_agree_and_the_plan_has_the_marginals(dtype):
         assert np.abs(plan.sum(1) - 1 / 20).sum() == pytest.approx(each.marginal_error, abs=2e-5)
 
 
-def test_a_solution_that_began_on_a_sample_is_the_same():
+@pytest.mark.parametrize("kept", [0, 5000, 2**27])  # products of neither, of the sample, of the pool, too
+def test_a_solution_that_began_on_a_sample_is_the_same(monkeypatch, kept):
+    monkeypatch.setattr(optimal_transport, "_KEPT_NUMBERS", kept)
     target, pool = points(10, 2001, 4, seed=2)
     found = solve(target, pool, epsilon=0.05, tolerance=1e-9)
     assert found.passes % 1  # part of the pool was passed over
