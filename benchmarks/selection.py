@@ -12,7 +12,6 @@ memory is that of the whole job: Python, torch, the pages of the file, everythin
 
 import argparse
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -153,7 +152,9 @@ def selected(file: Path, target: Tensor, budget: int, epsilon: float) -> dict[st
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes that were resident at most (Linux). `ru_maxrss` would begin with the peak of the parent process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def on_a_million(options: argparse.Namespace, scratch: Path) -> tuple[list[Row], dict[str, Any]]:

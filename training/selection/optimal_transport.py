@@ -127,8 +127,7 @@ def solve(
         raise InvalidInput(f"epsilon {epsilon} and tolerance {tolerance} must be above 0.", "0.05 and 0.001 are usual.")
     target = target.to(torch.promote_types(target.dtype, torch.float32))
     with torch.no_grad():
-        problem = _prepared(target, pool, block_rows or _default_rows(target))
-        problem = _kept(problem)
+        problem = _kept(_prepared(target, pool, block_rows or _default_rows(target)))
         f, share = _begun(problem, epsilon, tolerance, most_passes, seed)
         told = (lambda passes: on_progress(passes, most_passes)) if on_progress else None
         last, passes = _iterated(problem, f, epsilon * problem.mean_cost, tolerance, most_passes, told)
