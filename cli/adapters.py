@@ -168,8 +168,10 @@ def _origin(registry: "AdapterRegistry", version: "VersionRecord") -> str:
 
 
 def _measured(version: "VersionRecord", evaluations: "list[EvaluationRecord]") -> list[tuple[str, ...]]:
-    """The newest number of each suite and metric."""
-    newest = {(e.suite, e.metric): e for e in sorted(evaluations, key=lambda e: e.at)}
+    """The newest number of each suite and metric; calibration is left to `regraft evaluate` and --json."""
+    from registry.policy import CALIBRATION
+
+    newest = {(e.suite, e.metric): e for e in sorted(evaluations, key=lambda e: e.at) if e.metric not in CALIBRATION}
     rows: list[tuple[str, ...]] = []
     for (suite, metric), e in sorted(newest.items()):
         value, _, interval = measured(metric, e.value, e.low, e.high).partition(" [")

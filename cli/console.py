@@ -111,7 +111,7 @@ def percent(value: float, low: float | None = None, high: float | None = None) -
 
 def measured(metric: str, value: float, low: float | None = None, high: float | None = None) -> str:
     """A measured value in the metric's own unit."""
-    if metric == "perplexity":
+    if metric in ("perplexity", "brier"):  # no shares
         return f"{value:.2f}" + (f" [{low:.2f}–{high:.2f}]" if low is not None and high is not None else "")
     return percent(value, low, high)
 

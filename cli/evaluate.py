@@ -3,16 +3,21 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from cli.console import Json, console, print_json
 
 if TYPE_CHECKING:
+    from flows.comparisons import Comparison
     from registry import AdapterRegistry
 
 
 def evaluate(
     subject: Annotated[str, typer.Argument(help="NAME@VERSION, NAME@ALIAS, or a base model (its bare performance).")],
     task: Annotated[list[str] | None, typer.Option(help="Built-in task(s) instead of the recipe's suites.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Suite file(s): NAME of suites/NAME.yaml, or a path to a .yaml file.")
+    ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Solved examples in front of every question.")] = 0,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Held-out items. Default: the suite's own, or 200.")
@@ -20,15 +25,28 @@ def evaluate(
     harness: Annotated[
         list[str] | None, typer.Option(help="Task(s) of the EleutherAI harness (pip install 'regraft\\[harness]').")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="Another version: a paired test on the same items.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Other version(s): a paired test on the same items, for each.")
+    ] = None,
+    forgetting: Annotated[
+        bool, typer.Option("--forgetting", help="A paired test against the bare base. Default suite: general.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a version on held-out data, with intervals, and record it in the registry.
 
+    What is measured is the recipe's suites, or what --task or --suite name. A suite file says data, metric (exact
+    match, multiple choice, perplexity, ROUGE, BLEU, chrF, BERTScore, token F1) and buckets of prompt length:
+    docs/evaluation.md.
+
+    With --against and --forgetting each suite is tested item by item: McNemar's exact test where items are right or
+    wrong, else a paired bootstrap. p-values come plain, and corrected for the number of tests (Holm).
+
     Examples:
       [bold]regraft evaluate counting@3[/]
       [bold]regraft evaluate counting@3 --task object_counting --shots 3[/]
-      [bold]regraft evaluate counting@4 --against counting@production[/]
+      [bold]regraft evaluate counting@4 --against counting@production --against counting@2[/]
+      [bold]regraft evaluate counting@3 --suite general --forgetting[/]  (what has it cost?)
       [bold]regraft evaluate smollm2-135m-instruct --task object_counting[/]  (the bare model)
     """
     from cli.session import connect_flows, live_progress
@@ -42,39 +60,64 @@ def evaluate(
         raise NotFound(
             f"'{subject}' is neither an adapter nor a base model.", "See: regraft adapters list, regraft base list"
         )
-    if harness and (against or task):
-        raise InvalidInput("--harness goes alone.", "Leave out --task and --against.")
-    if against and not is_version:
-        raise InvalidInput(f"--against compares two versions, and '{subject}' is not one.")
-    if not (is_version or harness or task):
+    if harness and (against or task or suite or forgetting):
+        raise InvalidInput("--harness goes alone.", "Leave out --task, --suite, --against and --forgetting.")
+    if (against or forgetting) and not is_version:
+        option = "--against compares two versions" if against else "--forgetting compares a version with its base"
+        raise InvalidInput(f"{option}, and '{subject}' is not one.")
+    if not (is_version or harness or task or suite):
         raise InvalidInput(
             f"'{subject}' is a base model: say on which task to measure it.",
             f"regraft evaluate {subject} --task NAME; for the names: regraft tasks list",
         )
-    for address in filter(None, [subject if is_version else None, against]):
+    for address in filter(None, [subject if is_version else None, *(against or ())]):
         registry.get(address)
-    connect_flows()  # what needs no server has come first
-    from flows.evaluate_adapter import compare_versions, evaluate_adapter, evaluate_base, run_harness_tasks
     from flows.suites import suites_for
+
+    files = suite or (["general"] if forgetting and not task else [])
+    suites = suites_for(task, shots, samples, files)
+    connect_flows()  # what needs no server has come first
+    from flows.comparisons import compare_versions
+    from flows.comparisons import forgetting as against_base
+    from flows.evaluate_adapter import evaluate_adapter, evaluate_base, run_harness_tasks
 
     with live_progress():
         if harness:
             results = run_harness_tasks(subject, harness, limit=samples)
         elif is_version:
-            results = evaluate_adapter(subject, suites_for(task, shots, samples))
+            results = evaluate_adapter(subject, suites)
         else:
-            results = evaluate_base(subject, suites_for(task, shots, samples))
-        comparisons = compare_versions(subject, against, suites_for(task, shots, samples)) if against else []
+            results = evaluate_base(subject, suites)
+        comparisons = compare_versions(subject, against, suites) if against else []
+        comparisons += against_base(subject, suites) if forgetting else []
     if as_json:
-        print_json({"results": results, "comparisons": comparisons} if against else results)
+        print_json({"results": results, "comparisons": comparisons} if against or forgetting else results)
         return
     tell_results(results)
     for found in comparisons:
-        console.print(
-            f"{found.suite}: {subject} is {100 * found.difference:+.1f} points against {against} "
-            f"({found.only_first} items only {subject} gets right, {found.only_second} only {against}; "
-            f"exact McNemar p = {found.p_value:.3g})"
-        )
+        console.print(_told(subject, found, len(comparisons)))
+
+
+def _told(subject: str, found: "Comparison", tests: int) -> str:
+    """A comparison in a sentence."""
+    if found.metric in ("perplexity", "brier"):
+        difference, unit = f"{found.difference:+.3g}", ""
+    else:
+        difference, unit = f"{100 * found.difference:+.1f}", " points"
+        if found.low is not None and found.high is not None:
+            unit += f" [{100 * found.low:+.1f} to {100 * found.high:+.1f}]"
+    what = "gets right" if found.test == "exact McNemar" else "does better on"
+    metric = "" if found.test == "exact McNemar" else f" {found.metric}"
+    corrected = f", of {tests} tests (Holm) {found.p_holm:.3g}" if tests > 1 else ""
+    items = (
+        f"{found.only_first} items only {subject} {what}, {found.only_second} only {found.against}; "
+        if found.only_first or found.only_second
+        else ""
+    )
+    return escape(
+        f"{found.suite}{metric}: {subject} is {difference}{unit} against {found.against} "
+        f"({items}{found.test} p = {found.p_value:.3g}{corrected})"
+    )
 
 
 def _is_base(registry: "AdapterRegistry", subject: str) -> bool:

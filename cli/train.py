@@ -83,7 +83,11 @@ def _tell(trained: "TrainedVersion") -> None:
 def tell_results(results: "list[SuiteResult]") -> None:
     """A table of suite results."""
     if results:
-        rows = [(r.suite, r.metric, measured(r.metric, r.value, r.low, r.high), str(r.samples)) for r in results]
+        rows = [
+            (r.suite, r.metric, measured(r.metric, r.value, r.low, r.high), str(r.samples))
+            for result in results
+            for r in (result, *result.beside)
+        ]
         show(("~suite", "metric", ">value", ">samples"), rows, "")
 
 

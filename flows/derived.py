@@ -57,8 +57,9 @@ def suites_of(versions: Sequence[VersionRecord], chosen: Sequence[Suite]) -> tup
     for version in versions:
         recipe = recipe_of(version)
         for suite in default_suites(recipe) if recipe else ():
-            named = suite.model_copy(update={"task": suite.task or (recipe.data.task if recipe else None)})
-            if named not in found and (named.task is not None or version is versions[0]):
+            task = recipe.data.task if recipe and suite.data is None else None
+            named = suite.model_copy(update={"task": suite.task or task})
+            if named not in found and (named.task or named.data or version is versions[0]):
                 found.append(named)
     return tuple(found)
 

@@ -10,20 +10,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.base_models import find_base
 from flows.gpu import gpu_slot
 from flows.progress import Stage
-from flows.reports import report_table
-from flows.suites import Prepared, default_suites, prepare
+from flows.reliability import reliability_diagram
+from flows.reports import report_picture, report_table
+from flows.suites import Prepared, default_suites, in_parts, prepare
 from infra.errors import InvalidInput
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.records import VersionRecord
 from serving.loading import LoadedAdapter, load, recipe_of
-from training.base_models import BaseFolder, LoadedBase, load_base
+from training.base_models import BaseFolder, LoadedBase, load_base, load_tokenizer
 from training.data.example import fingerprint
 from training.data.prompting import PromptFormat
 from training.device import base_dtype, best_device
 from training.evaluation.evaluate import EvaluationResult
 from training.evaluation.evaluate import evaluate as measure
-from training.evaluation.statistics import paired_test
+from training.evaluation.result import part
 from training.evaluation.suite import Suite
 from training.objectives.of_model import is_masked_lm
 
@@ -43,18 +44,8 @@ class SuiteResult(BaseModel):
     seconds: float
     dataset_fingerprint: str
     outcomes: tuple[int, ...] | None = Field(None, exclude=True, repr=False)
-
-
-class Comparison(BaseModel):
-    """Two versions on the same items; `p_value` by an exact McNemar test."""
-
-    model_config = ConfigDict(frozen=True)
-
-    suite: str
-    difference: float
-    p_value: float
-    only_first: int
-    only_second: int
+    components: tuple[tuple[float, ...], ...] = Field((), exclude=True, repr=False)
+    beside: list["SuiteResult"] = Field([], description="Other metrics of the same answers.")
 
 
 @flow(name="evaluate-adapter", flow_run_name="evaluate {address}")
@@ -67,8 +58,8 @@ def evaluate_adapter(address: str, suites: tuple[Suite, ...] = (), items_of: str
         items_of: address of another version, whose recipe then supplies suites and items, so that both can be compared.
     """
     adapter = load(address)
-    prepared = _prepared(AdapterRegistry().get(items_of) if items_of else adapter.version, suites, adapter.model)
-    results = [_measure_and_record(adapter, suite) for suite in prepared]
+    drawn = items_for(AdapterRegistry().get(items_of) if items_of else adapter.version, suites, adapter)
+    results = [result for suite in drawn for result in _measure_and_record(adapter, suite)]
     _report(adapter.version.adapter, results)
     return results
 
@@ -79,35 +70,17 @@ def evaluate_base(base: str, suites: tuple[Suite, ...]) -> list[SuiteResult]:
 
     Args:
         base: a registered name or a reference.
-        suites: each must name a task.
+        suites: each must name a task, or bring data of its own.
     """
     record, folder = find_base(base)
-    loaded = _bare(folder)
+    loaded = bare(folder)
     results = []
     for suite in suites:
-        drawn = prepare(suite, None, is_masked_lm(loaded.model))
+        drawn = in_parts(prepare(suite, None, is_masked_lm(loaded.model)), suite, loaded.tokenizer)
         found = run_suite(f"{record.name}: {drawn.title}", loaded.model, loaded.tokenizer, drawn)
-        results.append(_result(record.name, drawn.title, found))
+        results += [_result(record.name, title, each) for title, each in with_parts(drawn, found).items()]
     _report(record.name, results)
     return results
-
-
-def compare_versions(first: str, second: str, suites: tuple[Suite, ...] = ()) -> list[Comparison]:
-    """A paired test of two versions on each suite. What is recorded already is not measured again."""
-    a, b = load(first), load(second)
-    comparisons = []
-    for drawn in _prepared(a.version, suites, a.model):
-        found = paired_test(_outcomes(a, drawn), _outcomes(b, drawn))
-        comparisons.append(
-            Comparison(
-                suite=drawn.title,
-                difference=found.difference,
-                p_value=found.p_value,
-                only_first=found.only_a,
-                only_second=found.only_b,
-            )
-        )
-    return comparisons
 
 
 @flow(name="evaluate-with-harness", flow_run_name="harness on {subject}")
@@ -121,7 +94,7 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
         model, tokenizer, name = adapter.model, adapter.tokenizer, adapter.version.address
     else:
         record, folder = find_base(subject)
-        base = _bare(folder)
+        base = bare(folder)
         model, tokenizer, name, adapter = base.model, base.tokenizer, record.name, None
     if is_masked_lm(model):
         raise InvalidInput(f"{name} is a masked language model; the harness asks causal ones.", "See regraft evaluate.")
@@ -134,12 +107,20 @@ def run_harness_tasks(subject: str, tasks: list[str], limit: int | None = None) 
     return results
 
 
-def _bare(folder: BaseFolder) -> LoadedBase:
+def bare(folder: BaseFolder) -> LoadedBase:
+    """A base model without any adapter, on the best device there is."""
     device = best_device()
     return load_base(folder.reference, cache=get_settings().base_models, dtype=base_dtype(device), device=device)
 
 
-def _prepared(version: VersionRecord, suites: tuple[Suite, ...], model: Any) -> list[Prepared]:
+def items_for(version: VersionRecord, suites: tuple[Suite, ...], adapter: LoadedAdapter) -> list[Prepared]:
+    """The suites with their items as they are drawn for `version`, to measure `adapter` on: itself, or one beside it.
+
+    Buckets are counted in the tokens of the version's own model.
+
+    Raises:
+        InvalidInput: no suites are given, and the version has no recipe to have some of its own.
+    """
     recipe = recipe_of(version)
     chosen = suites or (default_suites(recipe) if recipe else ())
     if not chosen:
@@ -147,19 +128,36 @@ def _prepared(version: VersionRecord, suites: tuple[Suite, ...], model: Any) -> 
             f"{version.address} was imported without a recipe, so it has no suites of its own.",
             f"Say on which task to measure it: regraft evaluate {version.address} --task NAME",
         )
-    return [prepare(suite, recipe, is_masked_lm(model)) for suite in chosen]
+    tokenizer = adapter.tokenizer
+    if any(suite.buckets for suite in chosen) and version.base != adapter.version.base:
+        tokenizer = load_tokenizer(find_base(version.base.reference)[1])
+    masked = is_masked_lm(adapter.model)
+    return [in_parts(prepare(suite, recipe, masked), suite, tokenizer) for suite in chosen]
 
 
 @task(task_run_name="{suite.title}", cache_policy=NO_CACHE)
-def _measure_and_record(adapter: LoadedAdapter, suite: Prepared) -> SuiteResult:
-    return _result(adapter.version.address, suite.title, _measure_and_record_now(adapter, suite))
-
-
-def _measure_and_record_now(adapter: LoadedAdapter, suite: Prepared) -> EvaluationResult:
+def _measure_and_record(adapter: LoadedAdapter, suite: Prepared) -> list[SuiteResult]:
     address = adapter.version.address
-    found = run_suite(f"{address}: {suite.title}", adapter.model, adapter.tokenizer, suite)
-    record_result(AdapterRegistry(), address, suite.title, found)
-    return found
+    return [_result(address, title, found) for title, found in measure_and_record(adapter, suite).items()]
+
+
+def measure_and_record(adapter: LoadedAdapter, suite: Prepared) -> dict[str, EvaluationResult]:
+    """A suite's result and those of its parts, by title; measured once, and kept with the version."""
+    address = adapter.version.address
+    whole = run_suite(f"{address}: {suite.title}", adapter.model, adapter.tokenizer, suite)
+    results = with_parts(suite, whole)
+    for title, found in results.items():
+        record_result(AdapterRegistry(), address, title, found)
+    return results
+
+
+def with_parts(suite: Prepared, whole: EvaluationResult) -> dict[str, EvaluationResult]:
+    """A suite's result and those of its parts, by title."""
+    parts = {
+        title: part(whole, places, fingerprint([suite.examples[place] for place in places]))
+        for title, places in suite.parts.items()
+    }
+    return {suite.title: whole, **parts}
 
 
 def run_suite(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> EvaluationResult:
@@ -171,6 +169,7 @@ def run_suite(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> E
             tokenizer,
             suite.examples,
             metric=suite.metric,
+            also=suite.also,
             shots=suite.shots,
             prompt_format=PromptFormat(tokenizer, suite.instruction),
             max_new_tokens=suite.max_new_tokens,
@@ -179,7 +178,13 @@ def run_suite(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> E
 
 
 def record_result(registry: AdapterRegistry, address: str, suite: str, found: EvaluationResult) -> None:
-    """Keep a result with the version that it was measured of."""
+    """Keep a result with the version that it was measured of, after what was measured beside it.
+
+    So the newest number of a suite is always that of its own metric.
+    """
+    for other in found.beside:
+        record_result(registry, address, suite, other)
+    components = found.components or tuple(zip(found.losses, found.tokens, strict=True))
     registry.record_evaluation(
         address,
         suite=suite,
@@ -191,29 +196,10 @@ def record_result(registry: AdapterRegistry, address: str, suite: str, found: Ev
         stderr=found.stderr,
         dataset_fingerprint=found.dataset_fingerprint,
         outcomes=found.outcomes,
+        scores=found.scores or None,
+        components=components or None,
         flow_run_id=flow_run.id,
     )
-
-
-def _outcomes(adapter: LoadedAdapter, suite: Prepared) -> tuple[int, ...]:
-    """Right or wrong on each item of the suite: as the registry holds it, else measured now.
-
-    Raises:
-        InvalidInput: the suite's metric has no right and wrong.
-    """
-    items = fingerprint(suite.examples)
-    for recorded in AdapterRegistry().evaluations(adapter.version.address):
-        if (recorded.suite, recorded.metric, recorded.dataset_fingerprint) == (suite.title, suite.metric, items):
-            outcomes = recorded.outcomes
-            break
-    else:
-        outcomes = _measure_and_record_now(adapter, suite).outcomes
-    if outcomes is None:
-        raise InvalidInput(
-            f"{suite.metric} has no right and wrong item by item, so there is no paired test.",
-            "Compare on a suite of exact_match or multiple_choice.",
-        )
-    return outcomes
 
 
 def _result(subject: str, suite: str, found: EvaluationResult) -> SuiteResult:
@@ -228,8 +214,16 @@ def _result(subject: str, suite: str, found: EvaluationResult) -> SuiteResult:
         seconds=found.seconds,
         dataset_fingerprint=found.dataset_fingerprint,
         outcomes=found.outcomes,
+        components=found.components,
+        beside=[_result(subject, suite, other) for other in found.beside],
     )
 
 
 def _report(subject: str, results: list[SuiteResult]) -> None:
-    report_table(subject, "evaluation", [result.model_dump() for result in results])
+    rows = [row.model_dump(exclude={"beside"}) for result in results for row in (result, *result.beside)]
+    report_table(subject, "evaluation", rows)
+    for result in results:
+        for other in result.beside:
+            if other.metric == "ece":
+                picture = reliability_diagram(f"{result.subject}: {result.suite}", other.value, other.components)
+                report_picture(subject, f"reliability on {result.suite}", picture)

@@ -184,7 +184,7 @@ def _measured_on_training_data(recipe: Mapping[str, Any]) -> bool:
     data = recipe["data"]
     suites = recipe.get("evaluation") or [{}]
     return not data.get("task") and any(
-        not suite.get("task") and not data.get(suite.get("split", "test")) for suite in suites
+        not (suite.get("task") or suite.get("data") or data.get(suite.get("split", "test"))) for suite in suites
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.evaluate_adapter import evaluate_adapter
 from flows.reports import report_table
 from flows.suites import default_suites, prepare, suite_named, title
+from infra.documents import parse
 from infra.errors import GateRefused, NotFound
 from infra.settings import get_settings
 from registry import AdapterRegistry
@@ -16,6 +17,7 @@ from registry.policy import Policy, SuitePolicy, find_policy
 from registry.promotion import Verdict, missing_suites
 from registry.records import VersionRecord
 from serving.loading import recipe_of
+from training.evaluation.suite_files import suite_files, suites_called
 from training.recipe import Recipe
 
 _DEFAULT_SAMPLES = 100  # fewer held-out items than this decide nothing, unless a policy says so
@@ -76,7 +78,7 @@ def promote_adapter(
     registry = AdapterRegistry(settings)
     candidate = registry.get(address)
     recipe = recipe_of(candidate)
-    asked = policy or policy_of(candidate, recipe)
+    asked = spread_over_files(policy or policy_of(candidate, recipe), recipe)
     holder = registry.alias(candidate.adapter, alias)
     holder_address = holder.address if holder else None
     _measure_missing(registry, asked, candidate.address, holder_address, recipe)
@@ -113,6 +115,23 @@ def policy_of(candidate: VersionRecord, recipe: Recipe | None) -> Policy:
     return Policy(suites=tuple(lines))
 
 
+def spread_over_files(policy: Policy, recipe: Recipe | None) -> Policy:
+    """The policy with each line about a suite file, by its name, as lines about that file's suites.
+
+    Raises:
+        InvalidInput: a suite that is asked for twice by this.
+    """
+    own = {title(suite, recipe) for suite in default_suites(recipe)} if recipe else set()
+    lines: list[SuitePolicy] = []
+    for line in policy.suites:
+        if line.suite in own or line.suite not in suite_files():
+            lines.append(line)
+        else:
+            named = [suite.title() for suite in suites_called(line.suite)]
+            lines += [line.model_copy(update={"suite": each}) for each in named]
+    return parse(Policy, {"suites": [line.model_dump() for line in lines]}, "policy")
+
+
 def _measure_missing(
     registry: AdapterRegistry, policy: Policy, candidate: str, holder: str | None, recipe: Recipe | None
 ) -> None:
@@ -121,7 +140,8 @@ def _measure_missing(
         theirs = registry.evaluations(holder) if holder and holder != candidate else None
         missing = missing_suites(policy, registry.evaluations(candidate), theirs)[who]
         if address and missing:
-            evaluate_adapter(address, tuple(suite_named(name, recipe) for name in missing), items_of=candidate)
+            suites = dict.fromkeys(suite_named(name, recipe) for name in missing)  # buckets of one suite are one
+            evaluate_adapter(address, tuple(suites), items_of=candidate)
 
 
 def _promotion(candidate: VersionRecord, alias: str, verdict: Verdict, decision: str, moved: bool) -> Promotion:

@@ -37,6 +37,17 @@ def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
     return f"Known: {', '.join(f'{prefix}{each}' for each in sorted(known))}."
 
 
+def spread_defaults(content: Any, over: str) -> Any:
+    """The mapping without its `defaults`, which are put under each mapping of the list `over`, for a validator."""
+    if not isinstance(content, dict) or "defaults" not in content:
+        return content
+    defaults, items = content["defaults"], content.get(over)
+    if not isinstance(defaults, dict) or not isinstance(items, list):
+        return content
+    spread = [{**defaults, **item} if isinstance(item, dict) else item for item in items]
+    return {**{key: value for key, value in content.items() if key != "defaults"}, over: spread}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 

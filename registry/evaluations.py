@@ -27,6 +27,8 @@ class Details(TypedDict, total=False):
         stderr: standard error.
         dataset_fingerprint: of the items; only numbers on the same items are ever compared.
         outcomes: 0 or 1 for each item, in the items' order; a paired test needs them.
+        scores: a number for each item, whose mean is the value; a paired bootstrap needs them.
+        components: for each item, numbers that a value which is no mean is computed from.
         flow_run_id: the flow run that measured it.
     """
 
@@ -36,6 +38,8 @@ class Details(TypedDict, total=False):
     stderr: float | None
     dataset_fingerprint: str | None
     outcomes: Sequence[int] | None
+    scores: Sequence[float] | None
+    components: Sequence[Sequence[float]] | None
     flow_run_id: str | None
 
 
@@ -45,7 +49,7 @@ def record(
     """Add an evaluation.
 
     Raises:
-        InvalidInput: a number that is not finite, bounds out of order, or outcomes that do not fit the samples.
+        InvalidInput: a number that is not finite, bounds out of order, or items that do not fit the samples.
     """
     what = f"{suite}/{metric} of {version.address}"
     low, high, outcomes = details.get("low"), details.get("high"), details.get("outcomes")
@@ -56,6 +60,12 @@ def record(
         raise InvalidInput(f"{what}: {samples} samples, interval [{low}, {high}].")
     if outcomes is not None and (len(outcomes) != samples or not set(outcomes) <= {0, 1}):
         raise InvalidInput(f"{what}: outcomes must be 0 or 1 for each of the {samples} items.")
+    scores, components = details.get("scores"), details.get("components")
+    for name, rows in {"scores": [scores or ()], "components": components or ()}.items():
+        if not all(math.isfinite(number) for numbers in rows for number in numbers):
+            raise InvalidInput(f"{what}: {name} must be numbers, not NaN or infinity.")
+    if any(items is not None and len(items) != samples for items in (scores, components)):
+        raise InvalidInput(f"{what}: scores and components must be there for each of the {samples} items.")
     row = Evaluation(
         version=version,
         suite=suite,
@@ -68,6 +78,10 @@ def record(
         high=high,
         dataset_fingerprint=details.get("dataset_fingerprint"),
         outcomes=[int(outcome) for outcome in outcomes] if outcomes is not None else None,
+        scores=[float(score) for score in scores] if scores is not None else None,
+        components=[[float(number) for number in numbers] for numbers in components]
+        if components is not None
+        else None,
         flow_run_id=details.get("flow_run_id"),
     )
     session.add(row)

@@ -102,6 +102,8 @@ class Table(DeclarativeBase):
         dict[str, Any]: JSON,
         dict[str, float]: JSON,
         list[int]: JSON(none_as_null=True),
+        list[float]: JSON(none_as_null=True),
+        list[list[float]]: JSON(none_as_null=True),
         datetime: UtcDateTime,
     }
 
@@ -296,7 +298,11 @@ class Alias(Table):
 
 
 class Evaluation(Table):
-    """One measured number with its uncertainty; `outcomes` (0/1 per item) is what a paired test needs."""
+    """One measured number with its uncertainty, and what a paired test needs of each item.
+
+    `outcomes` are 0 or 1, `scores` any numbers whose mean is the value; `components` are rows of numbers that a value
+    which is no mean is computed from (n-gram counts of BLEU).
+    """
 
     __tablename__ = "regraft_evaluations"
     __table_args__ = (
@@ -317,6 +323,8 @@ class Evaluation(Table):
     samples: Mapped[int]
     dataset_fingerprint: Mapped[str | None] = mapped_column(String(64))
     outcomes: Mapped[list[int] | None]
+    scores: Mapped[list[float] | None]
+    components: Mapped[list[list[float]] | None]
     flow_run_id: Mapped[str | None] = mapped_column(String(64))
     at: Mapped[datetime] = mapped_column(default=_now)
 

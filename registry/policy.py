@@ -13,21 +13,28 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from infra.documents import Section, parse, read_yaml
+from infra.documents import Section, parse, read_yaml, spread_defaults
 
-LOWER_IS_BETTER = ("perplexity", "loss")
+CALIBRATION = ("ece", "ece_equal_mass", "brier")  # measured beside multiple choice
+LOWER_IS_BETTER = ("perplexity", "loss", *CALIBRATION)
 
 
 class SuitePolicy(Section):
     """What is asked on one suite. A candidate must pass every line of it.
 
-    All values are in the metric's own unit (accuracy 0–1, perplexity, …). Against the current holder of the alias:
+    All values are in the metric's own unit (accuracy 0–1, perplexity, …). Without a metric the newest number of the
+    suite decides: the suite's own, since what it measures beside that is recorded first. Against the current holder of
+    the alias:
 
     - `max_regression` caps the measured loss: pass if (holder − candidate) ≤ max_regression, with the sign turned where
       lower is better. It asks for "not worse", by the numbers as they were measured.
-    - `significance` α, if given, asks for more, "really better": pass if the one-sided exact McNemar test over the
-      items that both answered gives p ≤ α. It needs 0/1 outcomes of both versions on the same items. At α = 0.05 the
-      candidate must win at least five of five disagreements, so a copy of the holder never passes.
+    - `regression_significance` α, if given, makes a test of that: fail only if the loss is *significantly* above
+      max_regression, p ≤ α in a one-sided paired bootstrap of the items' scores or outcomes. Equal versions then pass
+      with probability 1 − α at least, however few the items; a real loss may pass, too, where they are few.
+    - `significance` α, if given, asks for more, "really better": pass if p ≤ α in the one-sided exact McNemar test
+      where items are right or wrong, else in the one-sided paired bootstrap of their scores. It needs both versions'
+      on the same items. At α = 0.05 the candidate must win at least five of five disagreements, so a copy of the
+      holder never passes.
 
     Without a holder both pass.
     """
@@ -41,6 +48,9 @@ class SuitePolicy(Section):
     minimum_samples: Annotated[int, Field(ge=1)] = Field(1, description="Held-out items that the number must rest on.")
     higher_is_better: bool | None = Field(None, description="Default: yes, but for perplexity and loss.")
     max_regression: FiniteFloat | None = Field(0.0, ge=0, description="Allowed loss against the holder; null for any.")
+    regression_significance: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Count a loss only if it is above max_regression with this p-value."
+    )
     significance: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Demand an improvement with this p-value."
     )
@@ -62,13 +72,7 @@ class Policy(Section):
     @model_validator(mode="before")
     @classmethod
     def _spread_defaults(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or "defaults" not in content:
-            return content
-        defaults, suites = content["defaults"], content.get("suites")
-        if not isinstance(defaults, dict) or not isinstance(suites, list):
-            return content
-        spread = [{**defaults, **suite} if isinstance(suite, dict) else suite for suite in suites]
-        return {**{key: value for key, value in content.items() if key != "defaults"}, "suites": spread}
+        return spread_defaults(content, "suites")
 
     @model_validator(mode="after")
     def _each_line_once(self) -> "Policy":

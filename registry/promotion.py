@@ -147,17 +147,66 @@ def _relative(line: SuitePolicy, mine: EvaluationRecord, holder: str, theirs: Ev
     checks = []
     loss = (theirs.value - mine.value) * (1 if line.improves_upwards(mine.metric) else -1)
     if line.max_regression is not None:
-        passed = loss <= line.max_regression + 1e-12  # 0.60 − 0.59 is not quite 0.01
-        required = f"loss ≤ {line.max_regression:.4g}"
-        checks.append(Check(name, required, f"{loss:+.4g}", passed, f"{mine.value:.4g} against {theirs.value:.4g}"))
+        passed, required, shown = (
+            loss <= line.max_regression + 1e-12,
+            f"loss ≤ {line.max_regression:.4g}",
+            f"{loss:+.4g}",
+        )
+        detail = f"{mine.value:.4g} against {theirs.value:.4g}"
+        if line.regression_significance is not None:
+            required += f", or p > {line.regression_significance:.4g}"
+            p = None if passed else _loss_by_chance(line, mine, theirs)
+            if p is not None:
+                passed, shown = p > line.regression_significance, f"{loss:+.4g}, p = {p:.3g}"
+            elif not passed:
+                detail += ", no scores item by item for both versions"
+        checks.append(Check(name, required, shown, passed, detail))
     if line.significance is not None:
         required = f"better, p ≤ {line.significance:.4g}"
-        if mine.outcomes is None or theirs.outcomes is None or len(mine.outcomes) != len(theirs.outcomes):
+        found = _gain_by_chance(line, mine, theirs)
+        if found is None:
             checks.append(Check(name, required, "nothing", False, "no outcomes item by item for both versions"))
         else:
-            p = mcnemar(mine.outcomes, theirs.outcomes)
-            checks.append(Check(name, required, f"p = {p:.3g}", p <= line.significance, "one-sided exact McNemar test"))
+            p, test = found
+            checks.append(Check(name, required, f"p = {p:.3g}", p <= line.significance, f"one-sided {test}"))
     return checks
+
+
+def _gain_by_chance(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) -> tuple[float, str] | None:
+    """p-value of "the candidate is no better", and by which test; None without the same items of both."""
+    if mine.outcomes is not None and theirs.outcomes is not None and len(mine.outcomes) == len(theirs.outcomes):
+        return mcnemar(mine.outcomes, theirs.outcomes), "exact McNemar test"
+    gains = _gains(line, mine, theirs)
+    return (bootstrap_above(gains, 0.0), "paired bootstrap") if gains is not None else None
+
+
+def _loss_by_chance(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) -> float | None:
+    """p-value of "the candidate loses no more than is allowed"; None without the same items of both."""
+    gains = _gains(line, mine, theirs)
+    return None if gains is None else bootstrap_above([-gain for gain in gains], line.max_regression or 0.0)
+
+
+def _gains(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) -> list[float] | None:
+    """How much better the candidate is on each item, by scores or outcomes."""
+    a, b = mine.scores or mine.outcomes, theirs.scores or theirs.outcomes
+    if a is None or b is None or len(a) != len(b):
+        return None
+    sign = 1 if line.improves_upwards(mine.metric) else -1
+    return [sign * (x - y) for x, y in zip(a, b, strict=True)]
+
+
+def bootstrap_above(differences: Sequence[float], margin: float) -> float:
+    """One-sided bootstrap test of n paired differences: p-value of "their mean is at most `margin`".
+
+    With d the observed mean and d*ᵢ that of resample i of B = 2000, p = (1 + #{i: d*ᵢ − d ≥ d − margin}) / (1 + B)
+    (Efron and Tibshirani 1993, section 16.4). The seed is fixed.
+    """
+    import numpy as np
+
+    values, generator = np.asarray(differences, dtype=np.float64), np.random.default_rng(0)
+    mean, resamples = values.mean(), 2000
+    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
+    return float(1 + (means - mean >= mean - margin - 1e-12).sum()) / (1 + resamples)
 
 
 def _newest(measured: Sequence[EvaluationRecord], line: SuitePolicy) -> EvaluationRecord | None:

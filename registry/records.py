@@ -232,6 +232,8 @@ class EvaluationRecord:
     outcomes: tuple[int, ...] | None
     flow_run_id: str | None
     at: datetime
+    scores: tuple[float, ...] | None = None
+    components: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
     def of(cls, row: Evaluation) -> "EvaluationRecord":
@@ -251,6 +253,8 @@ class EvaluationRecord:
             tuple(row.outcomes) if row.outcomes is not None else None,
             row.flow_run_id,
             row.at,
+            tuple(row.scores) if row.scores is not None else None,
+            tuple(map(tuple, row.components)) if row.components is not None else None,
         )
 
 

@@ -12,6 +12,7 @@ from infra.documents import Section, did_you_mean, parse, read_yaml
 from infra.errors import InvalidInput
 from training.data.sources import DataSource
 from training.evaluation.suite import Suite
+from training.evaluation.suite_files import expanded
 from training.methods.catalog import CATALOG, get_method
 from training.migration.options import KitOptions
 from training.options import MethodChoice, TrainingOptions
@@ -33,7 +34,9 @@ class Recipe(Section):
     data: DataSource
     selection: Selection = Selection()
     training: TrainingOptions = TrainingOptions()
-    evaluation: tuple[Suite, ...] = Field((), description="Suites; none given: the test split of the recipe's data.")
+    evaluation: tuple[Suite, ...] = Field(
+        (), description="Suites, or names of suite files; none given: the test split of the recipe's data."
+    )
     migration_kit: KitOptions | None = Field(
         KitOptions(),
         description="What is kept of the data for a migration to another base; false for nothing.",
@@ -97,16 +100,30 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         NotFound: no such file.
         InvalidInput: every unknown key and wrong value, one a line.
     """
-    recipe = recipe_from(read_yaml(path), path.name, overrides)
     folder = path.resolve().parent
-    return recipe.model_copy(update={"base": _anchored(recipe.base, folder), "data": recipe.data.anchored(folder)})
+    recipe = recipe_from(read_yaml(path), path.name, overrides, folder)
+    return recipe.model_copy(
+        update={
+            "base": _anchored(recipe.base, folder),
+            "data": recipe.data.anchored(folder),
+            "evaluation": tuple(suite.anchored(folder) for suite in recipe.evaluation),
+        }
+    )
 
 
-def recipe_from(content: dict[str, Any], source: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe from its content; `source` names the place in error messages. See `load_recipe`."""
+def recipe_from(
+    content: dict[str, Any], source: str, overrides: dict[str, Any] | None = None, folder: Path | None = None
+) -> Recipe:
+    """A recipe from its content; `source` names the place in error messages. See `load_recipe`.
+
+    A name in its `evaluation` stands for the suites of suites/NAME.yaml, which become part of the recipe; a path to
+    such a file counts from `folder`.
+    """
     content = deepcopy(content)
     for key, value in (overrides or {}).items():
         _set(content, key.split("."), value)
+    if "evaluation" in content:
+        content["evaluation"] = expanded(content["evaluation"], folder)
     method = content.get("method")
     chosen = method.get("name", "lora") if isinstance(method, dict) else None
     problems = []

@@ -30,7 +30,11 @@ def test_a_version_is_trained_measured_promoted_and_loads_again(connected: Setti
     version = registry.get("whole-life@production")
     assert version.number == 1
     assert version.artifact_sha256 == life.trained.artifact_sha256
-    assert [e.value for e in registry.evaluations("whole-life@1")] == [life.trained.evaluations[0].value]
+    (measured,) = life.trained.evaluations
+    kept = registry.evaluations("whole-life@1")  # newest first: the suite's own metric
+    assert [e.metric for e in kept] == ["multiple_choice", "brier", "ece_equal_mass", "ece"]
+    assert [e.value for e in kept] == [measured.value, *(other.value for other in reversed(measured.beside))]
+    assert len(kept[1].scores) == len(kept[2].components) == 24
     loaded = load("whole-life@production")
     assert len(loaded.generate(["not ( True ) is"], max_new_tokens=4)) == 1
 
@@ -147,5 +151,5 @@ def test_versions_of_other_seeds_are_compared_on_the_candidates_items(
         promotion = promote_adapter(trained.address, policy=lenient)
         assert promotion.moved, promotion.checks
     registry = AdapterRegistry()
-    (candidates,) = registry.evaluations("reseeded@2")
+    candidates = registry.evaluations("reseeded@2")[0]
     assert candidates.dataset_fingerprint in [e.dataset_fingerprint for e in registry.evaluations("reseeded@1")]

@@ -1,4 +1,4 @@
-"""Judging a model on examples: exact match, multiple choice, perplexity."""
+"""Judging a model on examples: exact match, multiple choice, perplexity, nearness of texts."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from infra.errors import InvalidInput
 from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
+from training.evaluation.calibration import CALIBRATION_ERRORS, brier_score, softmax
 from training.evaluation.generation import greedy_answers
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.masked import masked_losses
 from training.evaluation.prompt_cache import plain_model
-from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare
-from training.evaluation.statistics import bootstrap_perplexity, perplexity
-from training.evaluation.suite import Metric
+from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare, of_losses, scored
+from training.evaluation.suite import GENERATED, Generated, Metric
+from training.evaluation.text_metrics import text_scores
 from training.objectives.of_model import is_masked_lm, objective_of
 
 __all__ = ["EvaluationResult", "PairedComparison", "compare", "evaluate"]
@@ -30,6 +31,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     metric: Metric,
+    also: Sequence[Generated] = (),
     shots: Sequence[Example] = (),
     prompt_format: PromptFormat,
     max_new_tokens: int | None = None,
@@ -40,64 +42,65 @@ def evaluate(
 
     - `exact_match`: the greedy answer is the completion, character by character, but for white space around it.
     - `multiple_choice`: the choice with the highest log-likelihood is the completion; summed over its tokens, not
-      normalised by length, without an end mark (`acc` of lm-eval). Of equal choices the first one counts.
+      normalised by length, without an end mark (`acc` of lm-eval). Of equal choices the first one counts. Beside it
+      come calibration error and Brier score, with the softmax of the log-likelihoods as probabilities.
     - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included; of a masked
       language model, of the tokens that are hidden, 15 % of each text.
+    - others: how near the greedy answer comes to the completion, see `text_metrics.text_scores`. The value of `bleu`
+      and `chrf` is that of the corpus, of the others the mean of the items.
 
     Args:
         model: its mode (training or evaluation) is restored afterwards.
         tokenizer: of the base model.
         examples: at least one.
         metric: one of the above.
+        also: further metrics of the same greedy answers; they come `beside` the result.
         shots: solved examples in front of every question.
         prompt_format: how the model is asked; as it was in training.
-        max_new_tokens: longest answer of exact_match. Default: the longest completion and `SPARE_TOKENS` more.
+        max_new_tokens: longest answer that is generated. Default: the longest completion and `SPARE_TOKENS` more.
         batch_tokens: rows × slots of a batch; memory grows with it.
         on_progress: told (done, wanted): examples, or choices for multiple_choice.
 
     Raises:
-        InvalidInput: no examples, choices that lack the completion, prompts too long for the model, or what a masked
-            language model cannot be asked.
+        InvalidInput: no examples, choices that lack the completion, a text without a completion to compare answers
+            with, prompts too long for the model, or what a masked language model cannot be asked.
     """
     if not examples:
         raise InvalidInput("There are no examples to evaluate on.", "Give a data set with at least one example.")
     check_metric(model, metric, len(shots))
+    if also and metric not in GENERATED:
+        raise InvalidInput(
+            f"{metric} generates no answers that {', '.join(also)} could be measured on.",
+            f"Leave out 'also', or measure one of {', '.join(GENERATED)}.",
+        )
     asked = _Asked(tokenizer, prompt_format, tuple(examples), tuple(shots))
-    started = time.monotonic()
+    started, items = time.monotonic(), fingerprint(examples)
     if metric == "perplexity":
         if is_masked_lm(model):
             texts = [example.text for example in examples]
             losses, counts = masked_losses(model, tokenizer, texts, batch_tokens=batch_tokens, on_progress=on_progress)
         else:
-            scored = asked.completions()
-            scores = log_likelihoods(model, scored, batch_tokens=batch_tokens, on_progress=on_progress)
-            losses, counts = [-score for score in scores], [len(ids) for _, ids in scored]
-        result = _perplexity(losses, counts, fingerprint(examples))
-        return result.model_copy(update={"seconds": time.monotonic() - started})
-    if metric == "multiple_choice":
-        scores = log_likelihoods(model, asked.choices(), batch_tokens=batch_tokens, on_progress=on_progress)
-        answers = _preferred(examples, scores)
+            pairs = asked.completions()
+            found = log_likelihoods(model, pairs, batch_tokens=batch_tokens, on_progress=on_progress)
+            losses, counts = [-score for score in found], [len(ids) for _, ids in pairs]
+        result = of_losses(losses, counts, seconds=0.0, dataset_fingerprint=items)
+    elif metric == "multiple_choice":
+        found = log_likelihoods(model, asked.choices(), batch_tokens=batch_tokens, on_progress=on_progress)
+        result = _chosen(examples, found, items)
     else:
         answers = greedy_answers(
             model,
             tokenizer,
             asked.prompts(),
-            max_new_tokens=max_new_tokens or max(len(ids) for _, ids in asked.completions()) + SPARE_TOKENS,
+            max_new_tokens=max_new_tokens or max(len(ids) for _, ids in asked.answers()) + SPARE_TOKENS,
             ends=end_tokens(model, tokenizer, prompt_format),
             stop_strings=prompt_format.stop_strings,
             batch_tokens=batch_tokens,
             on_progress=on_progress,
         )
-    return accuracy(
-        metric,
-        [
-            answer == example.completion.strip()
-            for answer, example in zip(map(str.strip, answers), examples, strict=True)
-        ],
-        answers,
-        seconds=time.monotonic() - started,
-        dataset_fingerprint=fingerprint(examples),
-    )
+        result, *beside = (_judged(each, examples, answers, items) for each in (metric, *also))
+        result = result.model_copy(update={"beside": tuple(beside), "answers": tuple(answers)})
+    return result.model_copy(update={"seconds": time.monotonic() - started})
 
 
 def check_metric(model: nn.Module, metric: Metric | None, shots: int) -> None:
@@ -128,6 +131,16 @@ class _Asked:
         completions = [self._ids(self.form.completion(example.completion)) for example in self.examples]
         return list(zip(self.prompts(), completions, strict=True))
 
+    def answers(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and completion of each example, none of which may be empty."""
+        for number, example in enumerate(self.examples, start=1):
+            if not example.completion:
+                raise InvalidInput(
+                    f"Example {number} is plain text: it has no completion to compare an answer with.",
+                    "Measure perplexity, or give data with prompts and completions.",
+                )
+        return self.completions()
+
     def choices(self) -> list[tuple[list[int], list[int]]]:
         """Prompt and choice, example after example, choice after choice."""
         pairs = []
@@ -146,29 +159,35 @@ class _Asked:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _preferred(examples: Sequence[Example], scores: Sequence[float]) -> list[str]:
+def _chosen(examples: Sequence[Example], scores: Sequence[float], items: str) -> EvaluationResult:
+    """Multiple choice from the log-likelihoods of all choices, example after example, and how well it is calibrated."""
     left = iter(scores)
-    preferred = []
+    answers, outcomes, confidences, brier = [], [], [], []
     for example in examples:
         of_choice = [next(left) for _ in example.choices]
-        preferred.append(example.choices[of_choice.index(max(of_choice))])
-    return preferred
-
-
-def _perplexity(losses: list[float], tokens: list[int], dataset_fingerprint: str) -> EvaluationResult:
-    resampled = bootstrap_perplexity(losses, tokens, seed=0)
-    return EvaluationResult(
-        metric="perplexity",
-        value=perplexity(sum(losses), sum(tokens)),
-        low=resampled.low,
-        high=resampled.high,
-        stderr=resampled.stderr,
-        samples=len(losses),
-        losses=tuple(losses),
-        tokens=tuple(tokens),
-        seconds=0.0,
-        dataset_fingerprint=dataset_fingerprint,
+        probabilities, preferred = softmax(of_choice), of_choice.index(max(of_choice))
+        answers.append(example.choices[preferred])
+        outcomes.append(int(example.choices[preferred] == example.completion))
+        confidences.append(probabilities[preferred])
+        brier.append(brier_score(probabilities, example.choices.index(example.completion)))
+    known = list(zip(confidences, outcomes, strict=True))
+    beside = (
+        *(scored(error, (), known, (), seconds=0.0, dataset_fingerprint=items) for error in CALIBRATION_ERRORS),
+        scored("brier", brier, (), (), seconds=0.0, dataset_fingerprint=items),
     )
+    result = accuracy("multiple_choice", outcomes, answers, seconds=0.0, dataset_fingerprint=items)
+    return result.model_copy(update={"beside": beside})
+
+
+def _judged(metric: Generated, examples: Sequence[Example], answers: Sequence[str], items: str) -> EvaluationResult:
+    """What one metric says of generated answers."""
+    if metric == "exact_match":
+        right = [
+            answer.strip() == example.completion.strip() for answer, example in zip(answers, examples, strict=True)
+        ]
+        return accuracy(metric, right, (), seconds=0.0, dataset_fingerprint=items)
+    found = text_scores(metric, answers, [[example.completion] for example in examples])
+    return scored(metric, found.of_items, found.components, (), seconds=0.0, dataset_fingerprint=items)
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> set[int]:

@@ -1,13 +1,25 @@
-"""What an evaluation found, and how two of them compare item by item."""
+"""What an evaluation found, in all and in parts, and how two of them compare item by item."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import InvalidInput
-from training.evaluation.statistics import paired_test, sign_flip_test, wilson_interval
+from training.evaluation.aggregate import statistic_of
+from training.evaluation.calibration import CALIBRATION_ERRORS
+from training.evaluation.statistics import (
+    bootstrap,
+    bootstrap_perplexity,
+    paired_bootstrap,
+    paired_test,
+    perplexity,
+    sign_flip_test,
+    spread,
+    wilson_interval,
+)
 
 
 class EvaluationResult(BaseModel):
@@ -15,18 +27,22 @@ class EvaluationResult(BaseModel):
 
     Attributes:
         metric: what was measured.
-        value: accuracy in [0, 1], perplexity, or what a task of lm-eval defines.
-        low: lower end of the 95 % interval: Wilson for accuracy, bootstrap over examples for perplexity. None where
-            lm-eval gives no error.
+        value: accuracy or another share in [0, 1], perplexity, or what a task of lm-eval defines.
+        low: lower end of the 95 % interval: Wilson for accuracy, else bootstrap over examples. None where lm-eval
+            gives no error, and for calibration errors, whose resamples are biased upwards.
         high: its upper end.
         stderr: standard error of the value.
         samples: number of examples.
         outcomes: 1 or 0 for each example, in order; None where examples are not right or wrong.
+        scores: a number for each example: its share of a text metric, its Brier score; else empty.
+        components: what the value is computed from where it is no mean of scores, as `aggregate.statistic_of` wants
+            it: of bleu, chrf and calibration errors; else empty.
         answers: what the model said (or which choice it preferred) for each example; empty for perplexity.
         losses: for perplexity, negative log-likelihood of each completion, in nats; else empty.
         tokens: for perplexity, the tokens of each completion; else empty.
         seconds: how long it took.
         dataset_fingerprint: `training.data.example.fingerprint` of the examples.
+        beside: other metrics of the same answers: calibration of multiple choice, and what a suite wants `also`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,11 +54,14 @@ class EvaluationResult(BaseModel):
     stderr: float | None
     samples: int
     outcomes: tuple[int, ...] | None = None
+    scores: tuple[float, ...] = ()
+    components: tuple[tuple[float, ...], ...] = ()
     answers: tuple[str, ...] = ()
     losses: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     seconds: float
     dataset_fingerprint: str
+    beside: tuple["EvaluationResult", ...] = ()
 
     def __repr__(self) -> str:
         return f"EvaluationResult({self})"
@@ -62,11 +81,13 @@ class PairedComparison(BaseModel):
 
     Attributes:
         metric: what was measured.
+        test: which test the p-value is of.
         difference: value of a − value of b.
         low: lower end of the difference's 95 % interval; None for perplexity.
         high: its upper end.
-        p_value: two-sided; exact McNemar for accuracy, paired sign-flip permutation of the losses for perplexity.
-        only_a: examples that a alone gets right; for perplexity, those that a predicts better.
+        p_value: two-sided; exact McNemar for accuracy, paired sign-flip permutation of the losses for perplexity,
+            paired bootstrap for all else.
+        only_a: examples that a alone gets right; else those on which a has the better score or loss.
         only_b: the same for b.
         samples: number of examples.
     """
@@ -74,6 +95,7 @@ class PairedComparison(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metric: str
+    test: str
     difference: float
     low: float | None
     high: float | None
@@ -87,7 +109,8 @@ def compare(a: EvaluationResult, b: EvaluationResult) -> PairedComparison:
     """Paired comparison of two results on the same examples.
 
     Raises:
-        InvalidInput: other examples, another metric, or perplexities that are counted in different tokens.
+        InvalidInput: other examples, another metric, perplexities that are counted in different tokens, or a result
+            that holds nothing item by item.
     """
     if a.metric != b.metric:
         raise InvalidInput(f"{a.metric} and {b.metric} cannot be compared.", "Measure both with one metric.")
@@ -98,12 +121,21 @@ def compare(a: EvaluationResult, b: EvaluationResult) -> PairedComparison:
         )
     if a.metric == "perplexity":
         return _compare_perplexities(a, b)
-    if a.outcomes is None or b.outcomes is None:
-        raise InvalidInput(
-            f"{a.metric} has no right and wrong, example by example.", "Compare the numbers as they are."
-        )
-    found = paired_test(a.outcomes, b.outcomes)
-    return PairedComparison(metric=a.metric, samples=a.samples, **asdict(found))
+    if a.outcomes is not None and b.outcomes is not None:
+        found = paired_test(a.outcomes, b.outcomes)
+        return PairedComparison(metric=a.metric, test="exact McNemar", samples=a.samples, **asdict(found))
+    if not all(each.scores or each.components for each in (a, b)):
+        raise InvalidInput(f"{a.metric} holds nothing example by example.", "Compare the numbers as they are.")
+    of_a, of_b = (statistic_of(each.metric, each.scores, each.components) for each in (a, b))
+    gaps = [x - y for x, y in zip(a.scores, b.scores, strict=True)]
+    return PairedComparison(
+        metric=a.metric,
+        test="paired bootstrap",
+        samples=a.samples,
+        only_a=sum(gap > 0 for gap in gaps),
+        only_b=sum(gap < 0 for gap in gaps),
+        **asdict(paired_bootstrap(of_a, of_b, a.samples, seed=0)),
+    )
 
 
 def _compare_perplexities(a: EvaluationResult, b: EvaluationResult) -> PairedComparison:
@@ -115,6 +147,7 @@ def _compare_perplexities(a: EvaluationResult, b: EvaluationResult) -> PairedCom
     gaps = [x - y for x, y in zip(a.losses, b.losses, strict=True)]
     return PairedComparison(
         metric=a.metric,
+        test="paired sign flips",
         difference=a.value - b.value,
         low=None,
         high=None,
@@ -126,7 +159,12 @@ def _compare_perplexities(a: EvaluationResult, b: EvaluationResult) -> PairedCom
 
 
 def accuracy(
-    metric: str, outcomes: Sequence[int], answers: Sequence[str], *, seconds: float, dataset_fingerprint: str
+    metric: str,
+    outcomes: Sequence[int],
+    answers: Sequence[str],
+    *,
+    seconds: float,
+    dataset_fingerprint: str,
 ) -> EvaluationResult:
     """The share of right outcomes, with its Wilson interval and standard error √(p(1 − p)/n)."""
     n, right = len(outcomes), sum(outcomes)
@@ -143,3 +181,69 @@ def accuracy(
         seconds=seconds,
         dataset_fingerprint=dataset_fingerprint,
     )
+
+
+def scored(
+    metric: str,
+    scores: Sequence[float],
+    components: Sequence[Sequence[float]],
+    answers: Sequence[str],
+    *,
+    seconds: float,
+    dataset_fingerprint: str,
+) -> EvaluationResult:
+    """The value over all items of a metric that is no accuracy, with its bootstrap interval."""
+    statistic, n = statistic_of(metric, scores, components), max(len(scores), len(components))
+    resampled = None if metric in CALIBRATION_ERRORS else spread(bootstrap(statistic, n, seed=0))
+    return EvaluationResult(
+        metric=metric,
+        value=statistic(np.arange(n)),
+        low=resampled and resampled.low,
+        high=resampled and resampled.high,
+        stderr=resampled and resampled.stderr,
+        samples=n,
+        scores=tuple(scores),
+        components=tuple(map(tuple, components)),
+        answers=tuple(answers),
+        seconds=seconds,
+        dataset_fingerprint=dataset_fingerprint,
+    )
+
+
+def of_losses(
+    losses: Sequence[float], tokens: Sequence[int], *, seconds: float, dataset_fingerprint: str
+) -> EvaluationResult:
+    """The perplexity of texts with these losses (nats) over so many tokens each."""
+    resampled = bootstrap_perplexity(losses, tokens, seed=0)
+    return EvaluationResult(
+        metric="perplexity",
+        value=perplexity(sum(losses), sum(tokens)),
+        low=resampled.low,
+        high=resampled.high,
+        stderr=resampled.stderr,
+        samples=len(losses),
+        losses=tuple(losses),
+        tokens=tuple(tokens),
+        seconds=seconds,
+        dataset_fingerprint=dataset_fingerprint,
+    )
+
+
+def part(whole: EvaluationResult, places: Sequence[int], dataset_fingerprint: str) -> EvaluationResult:
+    """The same measurement of some of its items alone, whose fingerprint is given."""
+    seconds = whole.seconds * len(places) / whole.samples
+    answers = [whole.answers[place] for place in places] if whole.answers else []
+    if whole.outcomes is not None:
+        outcomes = [whole.outcomes[place] for place in places]
+        result = accuracy(whole.metric, outcomes, answers, seconds=seconds, dataset_fingerprint=dataset_fingerprint)
+    elif whole.losses:
+        losses, tokens = [whole.losses[place] for place in places], [whole.tokens[place] for place in places]
+        result = of_losses(losses, tokens, seconds=seconds, dataset_fingerprint=dataset_fingerprint)
+    else:
+        scores = [whole.scores[place] for place in places] if whole.scores else []
+        components = [whole.components[place] for place in places] if whole.components else []
+        result = scored(
+            whole.metric, scores, components, answers, seconds=seconds, dataset_fingerprint=dataset_fingerprint
+        )
+    beside = tuple(part(other, places, dataset_fingerprint) for other in whole.beside)
+    return result.model_copy(update={"beside": beside})
