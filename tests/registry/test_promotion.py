@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import comb
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -13,7 +14,7 @@ from infra.errors import Conflict, GateRefused, InvalidInput, NotFound
 from registry import AdapterRegistry
 from registry.models import Decision
 from registry.policy import Policy, SuitePolicy, find_policy
-from registry.promotion import Verdict, decide, mcnemar, missing_suites
+from registry.promotion import Verdict, bootstrap_above, decide, mcnemar, missing_suites
 from registry.records import DatasetRecord, EvaluationRecord
 
 Register = Callable[..., str]
@@ -124,6 +125,124 @@ def test_a_line_decides(
     line: dict[str, object], mine: EvaluationRecord, theirs: EvaluationRecord | None, passed: bool
 ) -> None:
     assert judged(line, mine, theirs).passed is passed
+
+
+BUCKETS = ("summaries/test[0-512]", "summaries/test[512-1024]")
+
+
+def in_each_bucket(short: list[float], long: list[float]) -> list[EvaluationRecord]:
+    """ROUGE-L of a version in two buckets, item by item."""
+    return [
+        measured(
+            sum(scores) / len(scores), suite=suite, metric="rougeL", scores=tuple(scores), samples=len(scores),
+            dataset_fingerprint=suite[-10:].rjust(64, "0"),
+        )
+        for suite, scores in zip(BUCKETS, (short, long), strict=True)
+    ]  # fmt: skip
+
+
+def gate_over_buckets(candidate: list[EvaluationRecord], holder: list[EvaluationRecord], **line: object) -> Verdict:
+    return decide(
+        Policy(suites=tuple(SuitePolicy(suite=suite, metric="rougeL", **line) for suite in BUCKETS)),
+        candidate="counting@2",
+        alias="production",
+        measured=candidate,
+        holder="counting@1",
+        holder_measured=holder,
+    )
+
+
+@pytest.mark.parametrize("line", [{"max_regression": 0.02}, {"max_regression": 0.02, "regression_significance": 0.05}])
+def test_a_candidate_that_loses_the_long_bucket_is_refused_and_one_that_wins_in_all_is_not(
+    line: dict[str, object],
+) -> None:
+    generator = np.random.default_rng(0)
+    short, long = generator.uniform(0.3, 0.5, 80), generator.uniform(0.2, 0.4, 80)
+    holder = in_each_bucket(short.tolist(), long.tolist())
+
+    def candidate(on_short: float, on_long: float) -> list[EvaluationRecord]:
+        return in_each_bucket(
+            *((s + generator.normal(gain, 0.02, 80)).tolist() for s, gain in ((short, on_short), (long, on_long)))
+        )
+
+    a, b = candidate(+0.15, -0.08), candidate(+0.05, +0.05)
+    assert sum(each.value for each in a) > sum(each.value for each in holder)  # on the whole A is the better one
+    refused = gate_over_buckets(a, holder, **line)
+    failed = [check.name for check in refused.checks if not check.passed]
+    assert failed == ["summaries/test[512-1024] rougeL against counting@1"]
+    assert gate_over_buckets(b, holder, **line).passed
+
+
+def test_equal_versions_pass_a_tested_regression_as_often_as_its_level_says() -> None:
+    """Two draws of one model: with α = 0.05 a line refuses at most about 5 %, untested about half."""
+    generator = np.random.default_rng(2)
+    passed, untested = 0, 0
+    for _ in range(200):
+        hardness = generator.uniform(0.2, 0.6, 40)
+        mine, theirs = (
+            measured(float(np.mean(s)), metric="rougeL", scores=tuple(s), samples=40)
+            for s in (hardness + generator.normal(0, 0.1, 40) for _ in range(2))
+        )
+        passed += judged({"regression_significance": 0.05}, mine, theirs).passed
+        untested += judged({}, mine, theirs).passed
+    assert passed >= 184  # of 200 at 95 %: 190 ± 3.1
+    assert untested < 130
+
+
+@pytest.mark.parametrize(
+    ("line", "mine", "theirs", "passed"),
+    [
+        ({"regression_significance": 0.05}, {"outcomes": (0,) * 3 + (1,) * 97}, {"outcomes": (1,) * 100}, True),
+        ({"regression_significance": 0.05}, {"outcomes": (0,) * 30 + (1,) * 70}, {"outcomes": (1,) * 100}, False),
+        (
+            {"regression_significance": 0.05, "max_regression": 0.4},
+            {"outcomes": (0,) * 30 + (1,) * 70},
+            {"outcomes": (1,) * 100},
+            True,
+        ),
+        ({"regression_significance": 0.05}, {}, {}, False),
+        ({"significance": 0.05}, {"scores": (0.9, 0.8) * 20}, {"scores": (0.5, 0.6) * 20}, True),
+        ({"significance": 0.05}, {"scores": (0.5, 0.6) * 20}, {"scores": (0.5, 0.6) * 20}, False),
+        (
+            {"significance": 0.05, "higher_is_better": False},
+            {"scores": (0.9, 0.8) * 20},
+            {"scores": (0.5, 0.6) * 20},
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_a_line_tests_what_it_is_asked_to(
+    line: dict[str, object], mine: dict[str, tuple[float, ...]], theirs: dict[str, tuple[float, ...]], passed: bool
+) -> None:
+    def record(items: dict[str, tuple[float, ...]], otherwise: float) -> EvaluationRecord:
+        (scores,) = items.values() or ((otherwise,),)
+        return measured(sum(scores) / len(scores), **items)
+
+    verdict = judged(
+        {"max_regression": 0.0 if "regression_significance" in line else None, **line},
+        record(mine, 0.4),
+        record(theirs, 0.5),
+    )
+    assert verdict.passed is passed
+
+
+def test_the_bootstrap_against_a_margin_agrees_with_the_t_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    differences = np.random.default_rng(4).normal(0.05, 1.0, 400)
+    for margin in (-0.05, 0.0, 0.1):
+        wanted = ttest_1samp(differences, margin, alternative="greater").pvalue
+        assert bootstrap_above(differences.tolist(), margin) == pytest.approx(wanted, abs=0.03)
+
+
+def test_without_a_metric_the_suites_own_number_decides_and_not_what_was_measured_beside_it() -> None:
+    newest_first = [measured(0.7, id=3), measured(0.1, id=2, metric="brier"), measured(0.05, id=1, metric="ece")]
+    policy = Policy(suites=(SuitePolicy(suite="counting", minimum=0.6),))
+    assert decide(policy, candidate="c@1", alias="production", measured=newest_first).passed
+    by_name = Policy(suites=(SuitePolicy(suite="counting", metric="ece", maximum=0.02),))
+    assert not decide(by_name, candidate="c@1", alias="production", measured=newest_first).passed
+    calibration = judged({"metric": "ece"}, measured(0.05, metric="ece"), measured(0.10, metric="ece"))
+    assert calibration.passed  # lower is better
 
 
 def test_what_was_not_measured_does_not_pass() -> None:

@@ -433,9 +433,23 @@ def test_evaluations_are_kept_with_their_uncertainty_and_shown_in_mlflow(
     assert registry.tracking._client.get_run(run).data.metrics == {"counting_ 3 shots/accuracy": 0.75}
 
 
+def test_scores_and_components_are_kept_item_by_item(registry: AdapterRegistry, register: Register) -> None:
+    address = register()
+    counts = [[3, 4, 2.5], [1, 0, 0.0]]
+    registry.record_evaluation(address, "s", "bleu", 0.5, samples=2, scores=(0.25, 0.75), components=counts)
+    registry.record_evaluation(address, "s", "accuracy", 0.5, samples=2, outcomes=[1, 0])
+    accuracy, bleu = registry.evaluations(address)
+    assert (bleu.scores, bleu.components) == ((0.25, 0.75), ((3, 4, 2.5), (1, 0, 0)))
+    assert (accuracy.scores, accuracy.components) == (None, None)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"value": 0.5, "samples": 2, "scores": [0.5]},
+        {"value": 0.5, "samples": 2, "scores": [0.5, float("nan")]},
+        {"value": 0.5, "samples": 2, "components": [[1.0]]},
+        {"value": 0.5, "samples": 2, "components": [[1.0], [float("inf")]]},
         {"value": float("nan"), "samples": 2},
         {"value": 0.5, "samples": 2, "low": 0.9, "high": 0.1},
         {"value": 0.5, "samples": 2, "outcomes": [1]},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from infra.database import engine_for
 from infra.errors import ServiceUnavailable
@@ -41,6 +42,30 @@ def test_the_roundtrip_notices_a_model_without_a_migration(engine: sa.Engine, mo
     monkeypatch.setattr(Table, "metadata", extra)
     with pytest.raises(Exception, match="colour"):
         schema.roundtrip(engine)
+
+
+def test_evaluations_survive_the_columns_for_scores_on_the_way_down_and_up(engine: sa.Engine) -> None:
+    from registry.models import Adapter, BaseModel, Evaluation, Version
+
+    schema.upgrade(engine)
+    base = BaseModel(name="b", reference="path:b", identity_sha256="b" * 64, family="llama", parameters=1)
+    version = Version(
+        uid="u", adapter=Adapter(name="a"), base_model=base, number=1, method="lora", recipe={}, metrics={},
+        artifact_sha256="a" * 64, size_bytes=1, trainable_parameters=1,
+    )  # fmt: skip
+    with Session(engine) as session:
+        session.add(
+            Evaluation(version=version, suite="s", metric="bleu", value=0.5, samples=1, scores=[0.5], components=[[1]])
+        )
+        session.commit()
+
+    schema.downgrade(engine, "0002")
+    columns = {column["name"] for column in sa.inspect(engine).get_columns("regraft_evaluations")}
+    assert "outcomes" in columns and columns.isdisjoint({"scores", "components"})
+    schema.upgrade(engine)
+    with Session(engine) as session:
+        kept = session.scalars(sa.select(Evaluation)).one()
+        assert (kept.value, kept.version.adapter.name, kept.scores, kept.components) == (0.5, "a", None, None)
 
 
 def test_an_empty_database_is_created_at_head(settings: Settings) -> None:

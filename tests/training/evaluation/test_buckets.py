@@ -37,7 +37,9 @@ def test_buckets_are_disjoint_and_hold_what_is_within_their_limits(lengths: list
     assert list(buckets) == list(pairwise([0, *limits]))
     for (low, high), places in buckets.items():
         assert all(low < lengths[place] <= high for place in places)
-    assert sorted(sum(buckets.values(), [])) == [p for p, length in enumerate(lengths) if length <= limits[-1]]
+    assert sorted(place for places in buckets.values() for place in places) == [
+        p for p, length in enumerate(lengths) if length <= limits[-1]
+    ]
 
 
 def test_a_prompt_is_as_long_as_the_model_reads_it() -> None:
@@ -81,7 +83,7 @@ def test_the_part_of_a_result_is_the_result_of_the_part(taught: Any, metric: Met
     places = [1, 2, 4]
     some = [EXAMPLES[place] for place in places]
     found, alone = part(measured(EXAMPLES), places, fingerprint(some)), measured(some)
-    assert 0 < alone.value
+    assert alone.value > 0
     for mine, theirs in zip((found, *found.beside), (alone, *alone.beside), strict=True):
         assert (mine.metric, mine.samples, mine.outcomes) == (theirs.metric, theirs.samples, theirs.outcomes)
         assert (mine.answers, mine.tokens, mine.dataset_fingerprint) == (

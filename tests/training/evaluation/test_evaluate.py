@@ -1,16 +1,21 @@
-"""Exact match, results and comparisons."""
+"""Exact match, metrics of texts, results and comparisons."""
 
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
+from transformers import BertForMaskedLM
 
 from infra.errors import InvalidInput
-from tests.tiny_models import tiny_llama, tiny_tokenizer
+from tests.tiny_models import tiny_bert, tiny_llama, tiny_tokenizer
+from tests.training.evaluation.test_text_metrics import near, sentences
 from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
 from training.evaluation.evaluate import evaluate
-from training.evaluation.result import EvaluationResult, compare
+from training.evaluation.result import EvaluationResult, compare, scored
+from training.evaluation.suite import Metric
+from training.evaluation.text_metrics import text_scores
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = [Example(f"{a} + {b}", str(a + b)) for a in range(4) for b in range(3)]
@@ -56,6 +61,78 @@ def test_an_answer_that_runs_on_is_not_the_completion() -> None:
     result = evaluate(memorising(taught, form), form.tokenizer, QUESTIONS, metric="exact_match", prompt_format=form)
     assert result.value == 0.0
     assert all(answer != example.completion for answer, example in zip(result.answers, QUESTIONS, strict=True))
+
+
+def test_texts_are_measured_on_the_answers_that_exact_match_would_see_and_empty_ones_have_nothing() -> None:
+    """The oracle: each metric of the answers that came back, called by itself."""
+    form = PromptFormat(TOKENIZER)
+    taught = [Example(f"say {n}", f"{n} {n + 1} and so on") for n in range(4)]
+    taught.append(Example("be silent", " "))  # the end mark at once
+    asked = [*taught[:4], Example("be silent", "something")]
+    also = ["bleu", "chrf", "token_f1", "exact_match"]
+    model = memorising(taught, form)
+    result = evaluate(model, TOKENIZER, asked, metric="rougeL", also=also, prompt_format=form)
+    assert result.answers == (*(example.completion for example in taught[:4]), "")
+    assert result.scores == (1.0, 1.0, 1.0, 1.0, 0.0)
+    assert (result.value, result.samples, result.outcomes) == (0.8, 5, None)
+    assert result.low < 0.8 < result.high
+    assert result.stderr == pytest.approx((0.8 * 0.2 / 5) ** 0.5, rel=0.1)
+    assert [other.metric for other in result.beside] == also
+    references = [[example.completion] for example in asked]
+    for other in result.beside[:3]:
+        found = text_scores(other.metric, result.answers, references)
+        assert (other.scores, other.components) == (found.of_items, found.components)
+    assert 100 * result.beside[0].value == pytest.approx(
+        sacrebleu.corpus_bleu(list(result.answers), [[example.completion for example in asked]]).score
+    )
+    assert result.beside[3].outcomes == (1, 1, 1, 1, 0)
+    alone = evaluate(model, TOKENIZER, asked, metric="exact_match", prompt_format=form)
+    assert alone.outcomes == result.beside[3].outcomes and alone.answers == result.answers
+    assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "rougeL", "bleu"])
+def test_plain_text_has_no_answer_to_compare_with(metric: Metric) -> None:
+    form = PromptFormat(TOKENIZER)
+    with pytest.raises(InvalidInput, match="Example 2 is plain text"):
+        evaluate(tiny_llama(), TOKENIZER, [QUESTIONS[0], Example("a text", "")], metric=metric, prompt_format=form)
+
+
+def test_metrics_of_answers_do_not_go_with_a_suite_that_writes_none() -> None:
+    with pytest.raises(InvalidInput, match="perplexity generates no answers that bleu could be measured on"):
+        evaluate(
+            tiny_llama(),
+            TOKENIZER,
+            QUESTIONS,
+            metric="perplexity",
+            also=["bleu"],
+            prompt_format=PromptFormat(TOKENIZER),
+        )
+
+
+def test_a_masked_language_model_is_not_asked_for_texts() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    model = BertForMaskedLM(tiny_bert(len(tokenizer)).config)
+    with pytest.raises(InvalidInput, match="judged by the perplexity of what is hidden; the suite asks for rougeL"):
+        evaluate(model, tokenizer, QUESTIONS, metric="rougeL", prompt_format=PromptFormat(tokenizer))
+
+
+def test_texts_are_compared_by_a_paired_bootstrap_of_the_corpus_value() -> None:
+    references = sentences(40, seed=1)
+    form = {"seconds": 0.0, "dataset_fingerprint": "d1"}
+    results = []
+    for answers in (near(references, seed=2), near(near(near(references, seed=3), seed=4), seed=5)):
+        found = text_scores("bleu", answers, [[reference] for reference in references])
+        results.append(scored("bleu", found.of_items, found.components, answers, **form))
+    paired = compare(*results)
+    assert (paired.metric, paired.test, paired.samples) == ("bleu", "paired bootstrap", 40)
+    assert paired.difference == pytest.approx(results[0].value - results[1].value)
+    assert paired.low > 0 and paired.p_value < 0.01
+    assert paired.only_a > paired.only_b
+    reverse = compare(results[1], results[0])
+    assert reverse.p_value == pytest.approx(paired.p_value)
+    assert (reverse.difference, reverse.low) == pytest.approx((-paired.difference, -paired.high))
 
 
 def test_a_result_survives_json_and_shows_what_matters() -> None:

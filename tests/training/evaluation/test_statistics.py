@@ -149,9 +149,7 @@ def test_corpus_bleus_are_compared_as_sacrebleu_compares_them() -> None:
     """Its own paired bootstrap resamples the same sufficient statistics; only the draws differ."""
     references = sentences(60, seed=8)
     answers = {"a": near(references, seed=9), "b": near(near(references, seed=10), seed=11)}
-    _, told = PairedTest(
-        list(answers.items()), {"BLEU": BLEU()}, [references], test_type="bs", n_samples=1000
-    )()
+    _, told = PairedTest(list(answers.items()), {"BLEU": BLEU()}, [references], test_type="bs", n_samples=1000)()
     theirs = told["BLEU"][1]
     a, b = (text_scores("bleu", answers[name], [[r] for r in references]) for name in "ab")
     found = paired_bootstrap(
