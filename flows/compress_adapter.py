@@ -253,7 +253,8 @@ def _best(values: "_Values", adapter: Adapter, steps: Steps, suites: Sequence[Pr
     if not steps.open_alpha:
         return steps, compressed(adapter, steps, own)
     likelihoods = [
-        replace(suite, metric="perplexity", shots=(), examples=suite.examples[:ALPHA_ITEMS]) for suite in suites
+        replace(suite, metric="perplexity", also=(), shots=(), examples=suite.examples[:ALPHA_ITEMS])
+        for suite in suites
     ]
     tried = [(with_alpha, compressed(adapter, with_alpha, own)) for with_alpha in map(steps.with_alpha, ALPHAS)]
     costs = [sum(map(log, values.of((form, line), likelihoods))) for line, form in tried]

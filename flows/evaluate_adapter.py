@@ -1,5 +1,10 @@
 """Measure a version (or a bare base model) on held-out data and record the numbers."""
 
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect import flow, task
@@ -13,7 +18,7 @@ from flows.progress import Stage
 from flows.reliability import reliability_diagram
 from flows.reports import report_picture, report_table
 from flows.suites import Prepared, default_suites, in_parts, prepare
-from infra.errors import InvalidInput
+from infra.errors import InvalidInput, ServiceUnavailable
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.records import VersionRecord
@@ -27,6 +32,8 @@ from training.evaluation.evaluate import evaluate as measure
 from training.evaluation.result import part
 from training.evaluation.suite import Suite
 from training.objectives.of_model import is_masked_lm
+
+logger = logging.getLogger(__name__)
 
 
 class SuiteResult(BaseModel):
@@ -60,7 +67,7 @@ def evaluate_adapter(address: str, suites: tuple[Suite, ...] = (), items_of: str
     adapter = load(address)
     drawn = items_for(AdapterRegistry().get(items_of) if items_of else adapter.version, suites, adapter)
     results = [result for suite in drawn for result in _measure_and_record(adapter, suite)]
-    _report(adapter.version.adapter, results)
+    _report(adapter.version.adapter, results, adapter.version.mlflow_run_id)
     return results
 
 
@@ -219,11 +226,30 @@ def _result(subject: str, suite: str, found: EvaluationResult) -> SuiteResult:
     )
 
 
-def _report(subject: str, results: list[SuiteResult]) -> None:
+def _report(subject: str, results: list[SuiteResult], mlflow_run_id: str | None = None) -> None:
+    """What Prefect's UI shows of the results; a version's pictures go to its MLflow run, too."""
     rows = [row.model_dump(exclude={"beside"}) for result in results for row in (result, *result.beside)]
     report_table(subject, "evaluation", rows)
-    for result in results:
-        for other in result.beside:
-            if other.metric == "ece":
-                picture = reliability_diagram(f"{result.subject}: {result.suite}", other.value, other.components)
-                report_picture(subject, f"reliability on {result.suite}", picture)
+    pictures = {
+        result.suite: reliability_diagram(f"{result.subject}: {result.suite}", other.value, other.components)
+        for result in results
+        for other in result.beside
+        if other.metric == "ece"
+    }
+    for suite, picture in pictures.items():
+        report_picture(subject, f"reliability on {suite}", picture)
+    if pictures and mlflow_run_id is not None:
+        _show_in_mlflow(mlflow_run_id, pictures)
+
+
+def _show_in_mlflow(run_id: str, pictures: Mapping[str, bytes]) -> None:
+    """Add `reliability/SUITE.png` to a run. The numbers are safe in the registry, so MLflow's silence is a warning."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "reliability"
+        folder.mkdir()
+        for suite, picture in pictures.items():
+            (folder / f"{re.sub(r'[^a-zA-Z0-9_.-]', '-', suite)}.png").write_bytes(picture)
+        try:
+            AdapterRegistry().tracking.log_artifacts(run_id, Path(scratch))
+        except ServiceUnavailable as error:
+            logger.warning("The reliability diagrams are not shown in MLflow: %s", error.what)

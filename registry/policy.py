@@ -46,7 +46,7 @@ class SuitePolicy(Section):
     minimum: FiniteFloat | None = Field(None, description="The value must be at least this.")
     maximum: FiniteFloat | None = Field(None, description="The value must be at most this.")
     minimum_samples: Annotated[int, Field(ge=1)] = Field(1, description="Held-out items that the number must rest on.")
-    higher_is_better: bool | None = Field(None, description="Default: yes, but for perplexity and loss.")
+    higher_is_better: bool | None = Field(None, description="Default: yes, but for perplexity, loss and calibration.")
     max_regression: FiniteFloat | None = Field(0.0, ge=0, description="Allowed loss against the holder; null for any.")
     regression_significance: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Count a loss only if it is above max_regression with this p-value."

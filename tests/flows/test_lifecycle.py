@@ -117,7 +117,9 @@ def test_the_run_is_in_mlflow_with_metrics_model_version_and_alias(
     assert run.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
     assert run.data.params["method.rank"] == "4"
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["training-curve.png"]
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["reliability", "training-curve.png"]
+    (diagram,) = client.list_artifacts(run.info.run_id, "reliability")
+    assert diagram.path == "reliability/boolean_expressions-test.png"
     mirrored = client.get_model_version_by_alias("mirrored", "production")
     assert mirrored.run_id == run.info.run_id
     assert mirrored.tags["regraft.artifact_sha256"] == life.trained.artifact_sha256
