@@ -35,12 +35,13 @@ def evaluate(
 ) -> None:
     """Measure a version on held-out data, with intervals, and record it in the registry.
 
-    What is measured is the recipe's suites, or what --task or --suite name. A suite file says data, metric (exact
-    match, multiple choice, perplexity, ROUGE, BLEU, chrF, BERTScore, token F1) and buckets of prompt length:
-    docs/evaluation.md.
+    What is measured is the recipe's suites, or what --task or --suite name.
+    A suite file says data, metrics (exact match, multiple choice, perplexity,
+    ROUGE, BLEU, chrF, BERTScore, token F1) and buckets of prompt length.
 
-    With --against and --forgetting each suite is tested item by item: McNemar's exact test where items are right or
-    wrong, else a paired bootstrap. p-values come plain, and corrected for the number of tests (Holm).
+    With --against and --forgetting each suite is tested item by item: exact
+    McNemar where items are right or wrong, else a paired bootstrap. p-values
+    come plain, and corrected for the number of tests (Holm).
 
     Examples:
       [bold]regraft evaluate counting@3[/]
