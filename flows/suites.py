@@ -191,7 +191,7 @@ def _examples_of_its_own(
     suite: Suite, data: DataSource, recipe: Recipe | None
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Items and solved examples of a suite that brings its data: every row of its file, or the part that is named."""
-    named = getattr(data, suite.split) is not None
+    data, named = readable(data), getattr(data, suite.split) is not None
     if data.file is not None and not named and data.fractions == Fractions():
         if suite.split != "test":
             raise InvalidInput(

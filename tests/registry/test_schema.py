@@ -59,7 +59,7 @@ def test_evaluations_survive_the_columns_for_scores_on_the_way_down_and_up(engin
         )
         session.commit()
 
-    schema.downgrade(engine, "0002")
+    schema.downgrade(engine, "0003")
     columns = {column["name"] for column in sa.inspect(engine).get_columns("regraft_evaluations")}
     assert "outcomes" in columns and columns.isdisjoint({"scores", "components"})
     schema.upgrade(engine)

