@@ -23,14 +23,14 @@ class SuitePolicy(Section):
     """What is asked on one suite. A candidate must pass every line of it.
 
     All values are in the metric's own unit (accuracy 0–1, perplexity, …). Without a metric the newest number of the
-    suite decides: the suite's own, since what it measures beside that is recorded first. Against the current holder of
-    the alias:
+    suite decides, which is the suite's own: what is measured beside that is recorded first. Calibration decides only
+    where it is named. Against the current holder of the alias:
 
     - `max_regression` caps the measured loss: pass if (holder − candidate) ≤ max_regression, with the sign turned where
       lower is better. It asks for "not worse", by the numbers as they were measured.
     - `regression_significance` α, if given, makes a test of that: fail only if the loss is *significantly* above
       max_regression, p ≤ α in a one-sided paired bootstrap of the items' scores or outcomes. Equal versions then pass
-      with probability 1 − α at least, however few the items; a real loss may pass, too, where they are few.
+      with probability of about 1 − α; a real loss may pass, too, where the items are few.
     - `significance` α, if given, asks for more, "really better": pass if p ≤ α in the one-sided exact McNemar test
       where items are right or wrong, else in the one-sided paired bootstrap of their scores. It needs both versions'
       on the same items. At α = 0.05 the candidate must win at least five of five disagreements, so a copy of the
@@ -57,7 +57,8 @@ class SuitePolicy(Section):
 
     def fits(self, suite: str, metric: str) -> bool:
         """Whether a number of that suite and metric is the one that this line is about."""
-        return suite == self.suite and self.metric in (None, metric)
+        wanted = metric not in CALIBRATION if self.metric is None else metric == self.metric
+        return suite == self.suite and wanted
 
     def improves_upwards(self, metric: str) -> bool:
         """Whether a higher value of the metric is a better one."""

@@ -236,7 +236,7 @@ def test_the_bootstrap_against_a_margin_agrees_with_the_t_test() -> None:
 
 
 def test_without_a_metric_the_suites_own_number_decides_and_not_what_was_measured_beside_it() -> None:
-    newest_first = [measured(0.7, id=3), measured(0.1, id=2, metric="brier"), measured(0.05, id=1, metric="ece")]
+    newest_first = [measured(0.1, id=3, metric="brier"), measured(0.7, id=2), measured(0.05, id=1, metric="ece")]
     policy = Policy(suites=(SuitePolicy(suite="counting", minimum=0.6),))
     assert decide(policy, candidate="c@1", alias="production", measured=newest_first).passed
     by_name = Policy(suites=(SuitePolicy(suite="counting", metric="ece", maximum=0.02),))
