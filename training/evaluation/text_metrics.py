@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from infra.settings import get_settings
@@ -49,13 +49,16 @@ def text_scores(metric: str, answers: Sequence[str], references: Sequence[Sequen
     """
     if metric in ("bleu", "chrf"):
         return _sacrebleu_scores(metric, answers, references)
+    score: Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
+    if metric == "bertscore":
+        score = _bert_scores
+    elif metric == "token_f1":
+        score = _token_f1s
+    else:
+        score = partial(_rouge_scores, metric)
     written = [place for place, answer in enumerate(answers) if answer.strip()]
-    score: Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]] = {
-        "bertscore": _bert_scores,
-        "token_f1": _token_f1s,
-    }.get(metric, lambda texts, wanted: _rouge_scores(metric, texts, wanted))
+    found = score([answers[place] for place in written], [references[place] for place in written]) if written else []
     scores = [0.0] * len(answers)
-    found = score([answers[p] for p in written], [references[p] for p in written]) if written else []
     for place, value in zip(written, found, strict=True):
         scores[place] = value
     return TextScores(tuple(scores))
