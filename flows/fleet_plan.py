@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.migration_plan import MIGRATED, MOST_INPUTS
+from flows.migration_plan import MIGRATED, MOST_INPUTS, inputs_to_learn
 from infra.errors import InvalidInput
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
@@ -159,7 +159,7 @@ def _item(
     elif own_suites and _measured_on_training_data(version.recipe):
         obstacle = "its test items are part of its training data: --task, or --no-evaluate"
     rows = int(kit.details["rows"]) if kit else MOST_INPUTS
-    inputs = chosen.inputs or min(rows, MOST_INPUTS)
+    inputs = inputs_to_learn(chosen, rows)
     seconds = version.metrics.get("seconds")
     if (pace := _pace(before, inputs)) is not None:
         seconds = pace * inputs

@@ -269,7 +269,7 @@ def _synthesise(plan: Plan, kept_in: Path) -> Pool:
             longest=plan.longest,
             margins=margins,
             refusing=plan.options.preset == "paper",
-            least=plan.inputs,
+            least=plan.least,
             kept_in=kept_in,
             on_progress=Stage(f"migrate {plan.source.address}: inputs that {plan.target.name} writes"),
         )

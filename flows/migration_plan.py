@@ -31,6 +31,7 @@ from training.recipe import Recipe
 
 MIGRATED = "migrated_from"
 MOST_INPUTS = 250  # the paper's N
+PER_ROW = 3  # inputs to learn from for each row that there was; the same on paper's terms would be one
 LONGER = 2  # times the longest of a few seeds, where nobody knows how long the longest of all were
 
 
@@ -46,6 +47,7 @@ class Plan:
     task: str
     seeds: tuple[Example, ...]
     inputs: int
+    least: int
     longest: int
     longest_answer: int
     kit: Kit | None
@@ -85,7 +87,7 @@ class Plan:
 
     @property
     def written(self) -> int:
-        """How many inputs are written: more than are needed, where there is anything to choose by."""
+        """How many inputs are written: more than are learnt, if that is asked for and there is a way to choose."""
         told = self.kit is not None and (self.filters or self.kit.lengths)
         return ceil(self.options.surplus * self.inputs) if told and self.options.preset == "regraft" else self.inputs
 
@@ -154,13 +156,14 @@ def plan_migration(
     kit_record, kit, kit_directory = found or (None, None, None)
     shown = tuple(Example(seed.prompt, seed.completion) for seed in kit.seeds) if kit else seeds
     rows = kit.rows if kit else MOST_INPUTS
+    inputs = inputs_to_learn(options, rows)
     method = options.method or recipe.method
     student = recipe.model_copy(
         update={
             "adapter": joined,
             "base": record.name,
             "method": method,
-            "training": _without_validation(options.training or recipe.training),
+            "training": _long_enough(_without_validation(options.training or recipe.training), options, inputs),
             "migrated_from": source.address,
             "made_of": None,
         }
@@ -183,7 +186,8 @@ def plan_migration(
         student=student,
         task=kit.task if kit else words(recipe),
         seeds=shown,
-        inputs=options.inputs or min(rows, MOST_INPUTS),
+        inputs=inputs,
+        least=options.inputs or min(rows, inputs),
         longest=kit.longest if kit else LONGER * max(len(seed.prompt) for seed in seeds),
         longest_answer=kit.longest_answer if kit else LONGER * max(len(seed.completion) for seed in seeds),
         kit=kit,
@@ -218,6 +222,20 @@ def _held_out(suite: Suite, recipe: Recipe) -> Prepared:
     """A suite's items; of the recipe's own data no more is read than the test part."""
     suite = suite.model_copy(update={"shots": 0})  # solved examples come from the seeds, where any are wanted
     return prepare(suite, recipe, held_out=True)
+
+
+def inputs_to_learn(options: MigrationOptions, rows: int) -> int:
+    """How many inputs the new adapter learns from, of an old one that had so many rows."""
+    few = min(rows, MOST_INPUTS)
+    return options.inputs or (few if options.preset == "paper" else PER_ROW * few)
+
+
+def _long_enough(training: TrainingOptions, options: MigrationOptions, inputs: int) -> TrainingOptions:
+    """With as many steps as make the `passes`: there are more inputs than rows were, some with wrong answers."""
+    if training.steps is None or options.preset == "paper":
+        return training
+    needed = ceil(options.passes * inputs / (training.batch_size * training.gradient_accumulation))
+    return training.model_copy(update={"steps": max(training.steps, needed)})
 
 
 def _without_validation(training: TrainingOptions) -> TrainingOptions:

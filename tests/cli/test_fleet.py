@@ -25,7 +25,7 @@ from training.migration import synthesis
 pytestmark = pytest.mark.services
 
 TO = ("--all", "--from", "fleet-old", "--to", "fleet-new")
-SHORT = ("--no-filter", "--inputs", "6", "--set", "surplus=1", "--set", "synthesis.items=2")
+SHORT = ("--no-filter", "--inputs", "6", "--set", "synthesis.items=2")
 SHORT += ("--set", "training.steps=60")
 
 
@@ -272,7 +272,7 @@ def test_fifty_move_and_a_kill_in_the_middle_loses_nothing(first: str) -> None:
     names = [f"fifty-{number:02d}" for number in range(50)]
     for name in names:
         copy(first, name)
-    options = ("migrate", *TO, "--no-filter", "--inputs", "4", "--set", "surplus=1", "--set", "synthesis.items=2")
+    options = ("migrate", *TO, "--no-filter", "--inputs", "4", "--set", "synthesis.items=2")
     options += ("--set", "training.steps=5", "--no-evaluate")
     process = started(*options, REGRAFT_HOME=str(get_settings().home))
     while sum(len(registry.versions(name)) > 1 for name in names) < 10:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from tests.cli.test_lifecycle import clean
 from tests.tiny_models import own_seed, save_tiny_gemma, save_tiny_llama, save_tiny_masked
 from training.data.example import Example
 from training.migration.labelling import Labelled, label
-from training.migration.options import MigrationOptions
+from training.migration.options import MigrationOptions, options_from
 from training.migration.synthesis import Pool
 from training.trainer import train_recipe
 
 pytestmark = pytest.mark.services
 
-SHORT = ("--inputs", "10", "--set", "surplus=1", "--set", "synthesis.items=2", "--set", "training.steps=100", "--json")
+SHORT = ("--inputs", "10", "--set", "synthesis.items=2", "--set", "training.steps=100", "--json")
 
 LEARNT = {"steps": 150, "batch_size": 8, "learning_rate": 0.01}  # to say yes or no, whatever is asked
 
@@ -116,18 +117,40 @@ def test_the_new_version_stands_on_the_new_base_and_says_where_it_came_from(
     assert not list(get_settings().runs.glob("migrate-evens-*/work"))
 
 
-def test_more_is_written_than_is_learnt_from_unless_the_papers_recipe_is_asked_for(source: str) -> None:
+def test_three_inputs_a_row_are_learnt_and_passed_over_often_enough(source: str) -> None:
+    def planned(changes: dict[str, Any], **options: Any) -> Plan:
+        recipe = AdapterRegistry().get(source).recipe
+        chosen = options_from(recipe, None, None, True, {**options, **changes})
+        return plan_migration(source, "migrate-new", chosen, (), (), True, None, None)
+
+    plan = planned({})
+    assert plan.kit is not None
+    rows, batch, steps = plan.kit.rows, plan.recipe.training.batch_size, plan.recipe.training.steps
+    assert rows < 250 and steps is not None
+    assert (plan.inputs, plan.written, plan.least) == (3 * rows, 3 * rows, rows)
+    assert plan.student.training.steps == max(steps, ceil(2.5 * 3 * rows / batch))
+    assert planned({"passes": 100}).student.training.steps == ceil(100 * 3 * rows / batch)
+    assert planned({"training.steps": 7}).student.training.steps == 7, "what is said holds"
+    assert planned({"training.learning_rate": 1e-4, "passes": 100}).student.training.steps == ceil(
+        100 * 3 * rows / batch
+    )
+    assert planned({"training.epochs": 2}).student.training.epochs == 2
+    paper = planned({"preset": "paper"})
+    assert (paper.inputs, paper.written, paper.least, paper.student.training.steps) == (rows, rows, rows, steps)
+
+
+def test_of_more_than_is_learnt_what_looks_real_is_chosen(source: str) -> None:
     def planned(**options: Any) -> Plan:
         return plan_migration(source, "migrate-new", MigrationOptions(inputs=10, **options), (), (), True, None, None)
 
-    plan = planned()
+    plan = planned(surplus=3)
     assert plan.written == 30
     assert plan.kit is not None
     written = tuple("x" * length + letter for length in range(plan.kit.longest) for letter in "abcdefghij")
     chosen = plan.chosen(Pool(written, (), ()))
     assert len(set(chosen)) == 10 and set(chosen) < set(written)
     assert tuple(chosen) != written[:10], "they have the real inputs' lengths"
-    assert planned(surplus=1).written == 10
+    assert planned().written == planned().least == 10
     answered = Labelled((Example("is 7 even", "no"),), 0, 0)
     assert plan.learnt(answered) == (*answered.examples, *plan.seeds)
     paper = planned(preset="paper")

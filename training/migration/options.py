@@ -60,12 +60,15 @@ class MigrationOptions(Section):
     """How an adapter is moved to another base model."""
 
     inputs: int | None = Field(
-        None, ge=1, description="Synthetic inputs. Default: as many as there were rows, at most 250 (the paper's N)."
+        None,
+        ge=1,
+        description="Synthetic inputs to learn from. Default: three for each row that there was, at most 750; of "
+        "preset paper one for each, at most 250.",
     )
     preset: Literal["regraft", "paper"] = Field(
         "regraft",
-        description="What is learnt from. regraft: more inputs are written than wanted, those drawn that together look "
-        "like the real ones, and the seeds learnt, too; paper: the first ones that the discriminator takes for real.",
+        description="What is learnt from. regraft: all that is written, and the seeds; paper: the first inputs that "
+        "the discriminator takes for real.",
     )
     answers: Literal["old", "settled"] = Field(
         "old",
@@ -73,7 +76,16 @@ class MigrationOptions(Section):
         "learnt the other half of them answers differently, the more probable one. Takes three trainings for one.",
     )
     surplus: float = Field(
-        3.0, ge=1, description="Inputs written for each that is chosen, where there is anything to choose by."
+        1.0,
+        ge=1,
+        description="Inputs written for each that is learnt. Above 1, those are drawn that together look like the real "
+        "ones, where there is anything to choose by.",
+    )
+    passes: float = Field(
+        2.5,
+        ge=0,
+        description="Over the inputs, at least: where the old adapter's steps are fewer, more are taken. Not where "
+        "training.steps or training.epochs are said, nor of preset paper.",
     )
     method: MethodChoice | None = Field(None, description="Of the new adapter. Default: the old one's, as it was made.")
     training: TrainingOptions | None = Field(None, description="Of the new adapter. Default: as the old one's recipe.")
@@ -133,4 +145,5 @@ def options_from(
     steps = content.get("training", {})
     if isinstance(steps, dict) and {"training.steps", "training.epochs"} & changes.keys():
         steps.pop("epochs" if "training.steps" in changes else "steps", None)  # one of them, the one that was said
+        content.setdefault("passes", 0)
     return parse(MigrationOptions, content, "--set")
