@@ -48,7 +48,7 @@ class Transport:
         cost: ⟨P, C⟩ + ε KL(P ‖ a ⊗ b) at these potentials, the mean of f plus the mean of g; never above the optimum.
         mean_cost: of the squared Euclidean distance over all pairs.
         epsilon: ε in units of the cost.
-        passes: over the whole pool, those over its sample counted by its share.
+        passes: over the whole pool, those over its sample counted by its share; the one that checks rows is not.
         marginal_error: Σᵢ |Σⱼ Pᵢⱼ − 1/n|, between 0 and 2.
         converged: whether that is within the tolerance.
         warning: empty, or what did not go well and what to do about it.
