@@ -13,6 +13,7 @@ from cli import (
     base,
     compress,
     curve,
+    data,
     database,
     demo,
     evaluate,
@@ -57,6 +58,7 @@ app.command("evaluate", rich_help_panel=WORK)(evaluate.evaluate)
 app.command("curve", rich_help_panel=WORK)(curve.curve)
 app.add_typer(study.app, name="study", rich_help_panel=WORK)
 app.command("generate", rich_help_panel=WORK)(generate.generate)
+app.add_typer(data.app, name="data", rich_help_panel=WORK)
 app.add_typer(methods.app, name="methods", rich_help_panel=WORK)
 app.add_typer(tasks.app, name="tasks", rich_help_panel=WORK)
 app.add_typer(adapters.app, name="adapters", rich_help_panel=LIFE)

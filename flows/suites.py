@@ -161,14 +161,16 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False, held_out:
         metric, instruction = suite.metric or ("perplexity" if masked else task.metric), task.instruction
     elif suite.data is not None:
         examples, shots = _examples_of_its_own(suite, suite.data, recipe)
-        metric, instruction = suite.metric or ("perplexity" if masked else "exact_match"), suite.data.instruction_text
+        plain = masked or not any(example.completion for example in examples)
+        metric, instruction = suite.metric or ("perplexity" if plain else "exact_match"), suite.data.instruction_text
     elif recipe is None:
         raise InvalidInput(f"Suite '{title(suite, None)}' names no task, and there is no recipe.", "Give it a task.")
     else:
         among, shots = _examples(suite, recipe, held_out)
         examples = tuple(sample(among, suite.samples, suite.seed))
         own = get_task(recipe.data.task) if recipe.data.task else None
-        metric = suite.metric or ("perplexity" if masked else own.metric if own else "exact_match")
+        plain = masked or not any(example.completion for example in examples)
+        metric = suite.metric or ("perplexity" if plain else own.metric if own else "exact_match")
         instruction = recipe.data.instruction_text
         if not examples:
             raise InvalidInput(

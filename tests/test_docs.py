@@ -27,6 +27,7 @@ from training.evaluation.suite_files import SuiteFile
 from training.methods.catalog import CATALOG as METHODS
 from training.methods.catalog import get_method
 from training.recipe import load_recipe, recipe_from
+from training.selection.options import PoolSelection
 from training.tasks.catalog import CATALOG as TASKS
 from training.tasks.catalog import get_task
 
@@ -118,8 +119,13 @@ def test_a_suite_file_that_is_shown_parses(snippet: Snippet) -> None:
     parse(SuiteFile, yaml.safe_load(snippet.text), str(snippet))
 
 
+@shown(marked("selection"))
+def test_a_selection_that_is_shown_parses(snippet: Snippet) -> None:
+    parse(PoolSelection, yaml.safe_load(snippet.text), str(snippet))
+
+
 def test_every_mark_is_one_that_is_tested() -> None:
-    known = {"recipe", "policy", "suites", "fields", "methods", "tasks", "errors", "results"}
+    known = {"recipe", "policy", "suites", "selection", "fields", "methods", "tasks", "errors", "results"}
     assert {snippet.mark.partition(":")[0] for snippet in (*fences(), *tables()) if snippet.mark} <= known
     yaml_fences = [snippet for snippet in fences() if snippet.language == "yaml"]
     assert [str(snippet) for snippet in yaml_fences if not snippet.mark] == []

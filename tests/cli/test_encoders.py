@@ -8,7 +8,7 @@ import yaml
 
 from infra.settings import get_settings
 from tests.cli.conftest import run_here
-from tests.tiny_models import save_tiny_llama, save_tiny_masked
+from tests.tiny_models import own_seed, save_tiny_llama, save_tiny_masked
 
 pytestmark = pytest.mark.services
 
@@ -50,7 +50,24 @@ def test_a_suite_that_an_encoder_cannot_answer_is_refused_before_training(recipe
     assert refused.code == 2 and "is judged by the perplexity of what is hidden" in refused.err
 
 
-def test_plain_text_is_nothing_for_a_causal_model(recipe: Path, tmp_path: Path) -> None:
-    refused = run_here("train", str(recipe), "--set", f"base=path:{save_tiny_llama(tmp_path / 'llama')}")
-    assert refused.code == 2
-    assert "is plain text; LlamaForCausalLM is trained on prompts and completions" in " ".join(refused.err.split())
+def test_a_causal_model_learns_plain_text_whole(recipe: Path, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "llama", seed=own_seed(__name__))
+    more = (
+        "--set",
+        f"base=path:{base}",
+        "--set",
+        "method=lora",
+        "--set",
+        "adapter=texts",
+        "--set",
+        "training.steps=60",
+    )
+    trained = run_here("train", str(recipe), *more, "--set", "training.learning_rate=0.01", "--json")
+    assert (trained.code, trained.err) == (0, "")
+    version = json.loads(trained.out)
+    (learnt,) = version["evaluations"]
+    assert learnt["metric"] == "perplexity"
+    assert learnt["value"] < 100, "as likely as one of 400 tokens before"
+    assert version["migration_kit"] is None
+    refused = run_here("kit", "build", version["address"])
+    assert refused.code == 2 and "was trained on plain text" in " ".join(refused.err.split())

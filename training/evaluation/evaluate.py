@@ -44,8 +44,8 @@ def evaluate(
     - `multiple_choice`: the choice with the highest log-likelihood is the completion; summed over its tokens, not
       normalised by length, without an end mark (`acc` of lm-eval). Of equal choices the first one counts. Beside it
       come calibration error and Brier score, with the softmax of the log-likelihoods as probabilities.
-    - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included; of a masked
-      language model, of the tokens that are hidden, 15 % of each text.
+    - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included; of plain
+      texts, of all tokens but the first; of a masked language model, of those that are hidden, 15 % of each text.
     - others: how near the greedy answer comes to the completion, see `text_metrics.text_scores`. The value of `bleu`
       and `chrf` is that of the corpus, of the others the mean of the items.
 
@@ -80,7 +80,7 @@ def evaluate(
             texts = [example.text for example in examples]
             losses, counts = masked_losses(model, tokenizer, texts, batch_tokens=batch_tokens, on_progress=on_progress)
         else:
-            pairs = asked.completions()
+            pairs = asked.judged_texts()
             found = log_likelihoods(model, pairs, batch_tokens=batch_tokens, on_progress=on_progress)
             losses, counts = [-score for score in found], [len(ids) for _, ids in pairs]
         result = of_losses(losses, counts, seconds=0.0, dataset_fingerprint=items)
@@ -130,6 +130,17 @@ class _Asked:
         """Prompt and completion of each example, end mark included."""
         completions = [self._ids(self.form.completion(example.completion)) for example in self.examples]
         return list(zip(self.prompts(), completions, strict=True))
+
+    def judged_texts(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and completion of each example; of a plain text, as it is learnt, its first token and the rest."""
+        pairs = []
+        for example, pair in zip(self.examples, self.completions(), strict=True):
+            if example.completion:
+                pairs.append(pair)
+            else:
+                ids = self._ids(self.form.plain_text(example.prompt))
+                pairs.append((ids[:1], ids[1:]))
+        return pairs
 
     def answers(self) -> list[tuple[list[int], list[int]]]:
         """Prompt and completion of each example, none of which may be empty."""

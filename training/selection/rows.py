@@ -1,6 +1,6 @@
 """Embeddings as rows, read block by block: pools of any size in little memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,3 +94,31 @@ def require_finite(block: Tensor, name: str, first: int = 0) -> None:
             "too large to square.",
             "Embed that text again, or leave it out.",
         )
+
+
+class Stacked:
+    """Matrices of equal width, one under the other, as one; each may be a memory map, and stays one.
+
+    Args:
+        parts: at least one.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
+        return int(self._ends[-1]), self._parts[0].shape[1]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """The rows of a slice, or those with the numbers, in that order."""
+        which = np.arange(*rows.indices(self.shape[0])) if isinstance(rows, slice) else np.asarray(rows)
+        owners = np.searchsorted(self._ends, which, side="right")
+        found = np.empty((len(which), self.shape[1]), self._parts[0].dtype)
+        for owner in np.unique(owners):
+            mine = owners == owner
+            part = self._parts[owner]
+            found[mine] = part[which[mine] - (self._ends[owner] - len(part))]
+        return found

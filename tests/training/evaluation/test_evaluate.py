@@ -54,6 +54,18 @@ def test_a_model_that_learnt_the_answers_gets_them_right_and_others_wrong() -> N
     assert result.low < 0.75 < result.high
 
 
+def test_the_perplexity_of_plain_texts_is_that_of_all_tokens_but_the_first() -> None:
+    form, model = PromptFormat(TOKENIZER), tiny_llama().eval()
+    texts = ["the cat sat", "one two three four", "a"]
+    rows = [torch.tensor([TOKENIZER(form.plain_text(text), add_special_tokens=False)["input_ids"]]) for text in texts]
+    with torch.no_grad():
+        losses = [model(input_ids=row, labels=row).loss.item() * (row.shape[1] - 1) for row in rows]
+    wanted = sum(losses) / sum(row.shape[1] - 1 for row in rows)
+    examples = [Example(text, "") for text in texts]
+    result = evaluate(model, TOKENIZER, examples, metric="perplexity", prompt_format=form)
+    assert result.value == pytest.approx(torch.tensor(wanted).exp().item(), rel=1e-4)
+
+
 def test_an_answer_that_runs_on_is_not_the_completion() -> None:
     """The default length leaves room to see that the model does not stop where it should."""
     form = PromptFormat(TOKENIZER)
