@@ -3,19 +3,18 @@
 W = W₀ + s·BA,    A ∈ ℝ^{r×n}, B ∈ ℝ^{m×r};  s = α/r, or α/√r with rsLoRA (arXiv 2312.03732)
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isclose, isfinite, sqrt
+from math import isclose, isfinite
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import BaseModelMismatch, CorruptArtifact, InvalidInput
 from training.methods.contract import origin
+from training.methods.foreign_config import RESTORE, ForeignLora
 from training.methods.injected import PREFIX, split_key
 from training.methods.lora import PLAIN_STARTS
 from training.methods.peft_method import own_weight
@@ -86,6 +85,7 @@ def layers_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """
     if config.get("peft_type") != "LORA":
         raise InvalidInput(f"It is of peft's type {config.get('peft_type')!r}, not a LoRA.", _AS_LORA)
+    said = ForeignLora.read(config)
     reasons = [why for option, why in _UNSAYABLE.items() if config.get(option)]
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         reasons.append(f"its start changed the base's weights (init_lora_weights: {config['init_lora_weights']})")
@@ -101,11 +101,8 @@ def layers_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         sides[part][place] = tensor
     layers = {}
     for place, (A, B) in paired(*sides.values()).items():
-        rank = _of(config.get("rank_pattern"), place, config.get("r"))
-        alpha = _of(config.get("alpha_pattern"), place, config.get("lora_alpha"))
-        if rank != len(A):
-            raise CorruptArtifact(f"{place} is stored at rank {len(A)}; the config says {rank!r:.40}.", _RESTORE)
-        layers[place] = LoraLayer(A, B, finite(place, alpha) / (sqrt(rank) if config.get("use_rslora") else rank))
+        said.require_rank(place, len(A))
+        layers[place] = LoraLayer(A, B, said.scale(place))
     return layers
 
 
@@ -146,7 +143,7 @@ def paired(A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> dict[str, tuple[
     if not A and not B:
         raise InvalidInput("It holds no factor of a LoRA.", "Is it an adapter?")
     if alone := sorted(A.keys() ^ B.keys()):
-        raise CorruptArtifact(f"{alone[0]}{_more(alone)} has one factor of the two.", _RESTORE)
+        raise CorruptArtifact(f"{alone[0]}{_more(alone)} has one factor of the two.", RESTORE)
     for place, first in A.items():
         second = B[place]
         if first.ndim > 2 or second.ndim > 2:
@@ -156,11 +153,40 @@ def paired(A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> dict[str, tuple[
             )
         if first.ndim != 2 or second.ndim != 2 or len(first) != second.shape[1] or not len(first):
             raise CorruptArtifact(
-                f"{place} has factors {tuple(first.shape)} and {tuple(second.shape)}, which are no LoRA's.", _RESTORE
+                f"{place} has factors {tuple(first.shape)} and {tuple(second.shape)}, which are no LoRA's.", RESTORE
             )
         if not (first.is_floating_point() and second.is_floating_point()):
-            raise CorruptArtifact(f"{place} has factors of dtype {first.dtype} and {second.dtype}.", _RESTORE)
+            raise CorruptArtifact(f"{place} has factors of dtype {first.dtype} and {second.dtype}.", RESTORE)
     return {place: (first, B[place]) for place, first in A.items()}
+
+
+def require_places(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raise `BaseModelMismatch` where tensors under peft's names are of layers that `model` has not, or of other size.
+
+    Of a LoRA's factors A [r, n] and B [m, r] the size is looked at; other tensors say too little of their layer's.
+    """
+    modules, linear = dict(model.named_modules()), linear_modules(model)
+    for key, extents in shapes.items():
+        place, part = split_key(key)
+        if not key.startswith(PREFIX) or len(extents) != 2 or part not in ("lora_A.weight", "lora_B.weight"):
+            continue
+        if place not in modules:
+            raise _other_base(f"{type(model).__name__} has no layer {place}.")
+        if place in linear:
+            m, n = shape(linear[place])
+            side, expected, found = ("inputs", n, extents[1]) if part == "lora_A.weight" else ("outputs", m, extents[0])
+            if expected != found:
+                raise _other_base(f"{place} of {type(model).__name__} has {expected} {side}, the adapter's {found}.")
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CorruptArtifact`, naming the first, where tensors hold NaN or infinity."""
+    damaged = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if damaged:
+        raise CorruptArtifact(
+            f"{damaged[0]}{_more(damaged)} has NaN or infinity in it.",
+            "Was it trained to the end? Import an earlier checkpoint.",
+        )
 
 
 def check_places(layers: LoraLayers, model: nn.Module) -> None:
@@ -168,16 +194,12 @@ def check_places(layers: LoraLayers, model: nn.Module) -> None:
     there = linear_modules(model)
     for place, layer in layers.items():
         if place not in there:
-            raise BaseModelMismatch(
-                f"{type(model).__name__} has no linear layer {place}.",
-                "Name the base model it was trained on: regraft base list",
-            )
+            raise _other_base(f"{type(model).__name__} has no linear layer {place}.")
         expected, found = shape(there[place]), (len(layer.B), layer.A.shape[1])
         if expected != found:
-            raise BaseModelMismatch(
+            raise _other_base(
                 f"{place} of {type(model).__name__} is {expected[0]} × {expected[1]}; the adapter's is "
-                f"{found[0]} × {found[1]}.",
-                "Name the base model it was trained on: regraft base list",
+                f"{found[0]} × {found[1]}."
             )
 
 
@@ -217,18 +239,12 @@ def separate(factor: Tensor) -> Tensor:
 def finite(place: str, number: object) -> float:
     """`number` as a float; raises `CorruptArtifact` where it is none, or not finite."""
     if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number):
-        raise CorruptArtifact(f"{place} has the scale or alpha {number!r:.40}, which is no finite number.", _RESTORE)
+        raise CorruptArtifact(f"{place} has the scale or alpha {number!r:.40}, which is no finite number.", RESTORE)
     return float(number)
 
 
-def _of(pattern: object, place: str, default: Any) -> Any:
-    """What a rank or alpha pattern of peft says of a layer."""
-    if not isinstance(pattern, Mapping) or not pattern:
-        return default
-    try:
-        return pattern.get(get_pattern_key(list(pattern), place), default)
-    except re.error as error:
-        raise CorruptArtifact(f"A rank or alpha pattern of its config is no pattern ({error}).", _RESTORE) from None
+def _other_base(what: str) -> BaseModelMismatch:
+    return BaseModelMismatch(what, "Name the base model it was trained on: regraft base list")
 
 
 def _more(names: list[str]) -> str:
@@ -236,4 +252,3 @@ def _more(names: list[str]) -> str:
 
 
 _AS_LORA = "Export it as it is, cut down to a LoRA with --rank R, or --to merged."
-_RESTORE = "Copy it again from where it was made."

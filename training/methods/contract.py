@@ -28,6 +28,7 @@ from training.compression.stored import is_compressed, plain_config
 Batch = Mapping[str, Tensor]
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+OTHER_BASE = "Was it trained on this base? If it was, copy it again from where it was made."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -361,7 +362,7 @@ def written_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def check_fit(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise `CorruptArtifact` unless `given` has exactly the names and shapes of `expected`."""
+    """Raise `CorruptArtifact` unless `given` has the names and shapes of `expected`, and floats where those are."""
     problems = [
         *(f"{key} is missing" for key in expected.keys() - given.keys()),
         *(f"{key} is unknown" for key in given.keys() - expected.keys()),
@@ -370,7 +371,12 @@ def check_fit(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Ten
             for key in expected.keys() & given.keys()
             if given[key].shape != expected[key].shape
         ),
+        *(
+            f"{key} is of {given[key].dtype}, not {expected[key].dtype}"
+            for key in expected.keys() & given.keys()
+            if given[key].is_floating_point() != expected[key].is_floating_point()
+        ),
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CorruptArtifact(f"The tensors do not fit adapter '{name}': {shown}.", "Was it trained on this base?")
+        raise CorruptArtifact(f"The tensors do not fit adapter '{name}': {shown}.", OTHER_BASE)

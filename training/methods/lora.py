@@ -9,16 +9,19 @@ simply set α to the first r we try"), so that α/r = 1.
 """
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any
 
 import peft
+import torch
 from peft import PeftConfig
 from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from infra.errors import InvalidInput
+from infra.errors import CorruptArtifact, InvalidInput
 from training.methods.contract import MethodCard, MethodConfig
+from training.methods.foreign_config import ForeignLora
 from training.methods.peft_method import PeftAdapted, PeftMethod, adapter_layers
 from training.methods.targets import (
     ALL_LINEAR,
@@ -33,6 +36,8 @@ from training.methods.targets import (
 )
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # peft's other starts also change the base's weights
+
+LARGEST = sqrt(torch.finfo(torch.float32).max)  # of the norm of an update
 
 
 class LoraConfig(MethodConfig):
@@ -86,14 +91,19 @@ class Lora(PeftMethod[LoraConfig]):
         )
 
     def readable(self, adapter_config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """As stored; refused where peft would change the base's own tensors for it."""
-        del tensors
+        """As stored; refused where peft would change the base's own tensors for it, or make others than are stored."""
         start, bias = adapter_config.get("init_lora_weights", True), adapter_config.get("bias", "none")
         if start not in PLAIN_STARTS or bias != "none":
             raise InvalidInput(
                 f"This LoRA changes the base model itself (init_lora_weights: {start}, bias: {bias}).",
                 "Convert it to a plain LoRA: peft's save_pretrained(path_initial_model_for_weight_conversion=…).",
             )
+        config = ForeignLora.read(adapter_config)
+        for key, tensor in tensors.items():
+            place, _, factor = key.removesuffix(".weight").rpartition(".")
+            if factor in ("lora_A", "lora_embedding_A") and tensor.ndim and not config.target_parameters:
+                config.require_rank(place, len(tensor))
+                _require_float32(place, config.scale(place), tensor, tensors.get(key.replace("_A", "_B")))
         return adapter_config
 
     def is_active(self, adapted: PeftAdapted) -> bool:
@@ -109,6 +119,14 @@ class Lora(PeftMethod[LoraConfig]):
         """Σ r(m + n)."""
         layers = linear_modules(model)
         return sum(config.rank * sum(shape(layers[name])) for name in select(model, config.targets, config.exclude))
+
+
+def _require_float32(place: str, scale: float, A: Tensor, B: Tensor | None) -> None:
+    """Raise `CorruptArtifact` where s·BA, or the square of it that a norm behind the layer takes, is beyond float32."""
+    if B is not None and abs(scale) * float(A.double().norm()) * float(B.double().norm()) > LARGEST:
+        raise CorruptArtifact(
+            f"{place} gets an update beyond float32: its scale is {scale:.3g}.", "Is its alpha or scale right?"
+        )
 
 
 METHOD = Lora()

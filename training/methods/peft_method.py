@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from infra.errors import Conflict, CorruptArtifact, InvalidInput, NotMergeable, RegraftError
 from training.methods.contract import (
+    OTHER_BASE,
     Adapted,
     AttachContext,
     Config,
@@ -25,6 +26,7 @@ from training.methods.contract import (
     stored_config,
     stored_tensors,
 )
+from training.methods.foreign_config import RESTORE, ForeignConfig
 
 
 class PeftAdapted(Adapted):
@@ -153,18 +155,20 @@ class PeftMethod(Method[Config]):
         content, tensors = stored_config(directory), stored_tensors(directory)
         if not self.recognises(content):
             raise CorruptArtifact(f"{directory} holds {content.get('peft_type')}, not '{self.name}'.")
+        ForeignConfig.read(content)
         content = self.readable(content, tensors) | {"inference_mode": False}
         try:
             peft_config = PeftConfig.from_peft_type(**content)
         except (TypeError, ValueError, KeyError) as error:
-            raise CorruptArtifact(f"{directory}: peft cannot read its adapter_config.json ({error}).") from error
+            raise CorruptArtifact(f"peft cannot read its adapter_config.json: {error}", RESTORE) from error
         with _undone_on_error(model, name), seeded(0, model):
             try:
                 adapted = self._put(model, peft_config, name)
-            except ValueError as error:  # peft finds none of the layers
+            except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
+                # peft finds none of the layers, or trips over what its config says: it checks little of it
                 base = type(bare(model)).__name__
                 raise CorruptArtifact(
-                    f"{directory} does not fit {base}: {error}", "Was it trained on this base?"
+                    f"peft cannot put it on {base} as its adapter_config.json says: {error}", OTHER_BASE
                 ) from error
             adapted.restore(self.completed(adapted, tensors))
             if not self.is_active(adapted):
