@@ -51,6 +51,23 @@ def resumable(what: str) -> Iterator[None]:
     Raises:
         Interrupted: it was stopped.
     """
+    with _told_of_its_stop(f"{what} was stopped; what is done is kept.", "The same command goes on from there."):
+        yield
+
+
+@contextmanager
+def whole(what: str, left: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM within it say what is `left` of a piece of work that is done whole or not at all.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    with _told_of_its_stop(f"{what} was stopped; {left}.", "Run the same command again."):
+        yield
+
+
+@contextmanager
+def _told_of_its_stop(what: str, remedy: str) -> Iterator[None]:
     from infra.errors import Interrupted
 
     def stop(number: int, frame: object) -> None:
@@ -60,9 +77,7 @@ def resumable(what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"{what} was stopped; what is done is kept.", "The same command goes on from there."
-        ) from None
+        raise Interrupted(what, remedy) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

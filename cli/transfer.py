@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from cli.console import Json, console, facts, percent, print_json, show, size
+from cli.session import whole
 from infra.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def export(
     ] = False,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="As a plain LoRA of this rank, whatever the method; what that loses is measured."),
+        typer.Option(min=1, help="As a plain LoRA of this rank, the nearest there is; what that loses is measured."),
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The same as --to merged.")] = False,
     dtype: Annotated[
@@ -76,7 +77,7 @@ def export(
     Examples:
       [bold]regraft export counting@production ./counting[/]
       [bold]regraft export counting@7 ./counting --as-lora[/]  (whatever is of low rank: paca, vera, hydra, …)
-      [bold]regraft export counting@7 ./counting --rank 16[/]  (whatever merges: dora, oft, full, …)
+      [bold]regraft export counting@7 ./counting --rank 16[/]  (whatever changes linear layers only: dora, oft, ia3, …)
       [bold]regraft export counting@7 ./counting-mlx --to mlx[/]
       [bold]regraft export counting@7 ./counting-model --to merged[/]
     """
@@ -85,16 +86,17 @@ def export(
         raise InvalidInput(f"--as-lora or --rank and --to {chosen} are two different things to write.", "Give one.")
     if chosen is not Tool.MERGED and (dtype or shard_size):
         raise InvalidInput("--dtype and --shard-size are for a merged model.", "Give --to merged with them.")
-    from flows.export_adapter import export_adapter
-
     sharded = {"shard_size": shard_size} if shard_size else {}
-    exported = export_adapter(
-        address, directory, chosen.value, as_lora=as_lora, rank=rank, dtype=dtype and dtype.value, **sharded
-    )
+    with whole("The export", "nothing was written"):
+        from flows.export_adapter import export_adapter
+
+        exported = export_adapter(
+            address, directory, chosen.value, as_lora=as_lora, rank=rank, dtype=dtype and dtype.value, **sharded
+        )
     if as_json:
         print_json(exported)
         return
-    console.print(f"[bold]{address}[/] is in {directory}")
+    console.print(f"[bold]{escape(address)}[/] is in {escape(str(directory))}")
     if exported.loss is not None:
         _tell_loss(exported.loss, exported.difference, rank)
     if exported.proof is not None:
@@ -115,7 +117,7 @@ def import_(
     ],
     name: Annotated[str, typer.Argument(help="The adapter that it becomes a version of.")],
     base: Annotated[str, typer.Option(help="The base model it was trained on: a registered name or a reference.")],
-    task: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    task: Annotated[str | None, typer.Option(help="The built-in task that it is for.")] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of a whole model: extract a LoRA of this rank from what differs.")
     ] = None,
@@ -139,12 +141,15 @@ def import_(
     """
     if rank is not None and energy is not None:
         raise InvalidInput("--rank and --energy are two ways to say how much to keep.", "Give one of them.")
-    from flows.import_foreign import import_foreign
-    from registry.records import as_json as plain
-    from training.interchange.truncation import Keep
+    if energy == 0:
+        raise InvalidInput("--energy 0 would keep nothing of the difference.", "Give more, up to 1: --energy 0.99")
+    with whole("The import", "nothing was registered"):
+        from flows.import_foreign import import_foreign
+        from registry.records import as_json as plain
+        from training.interchange.truncation import Keep
 
-    keep = Keep(rank, energy) if rank is not None or energy is not None else None
-    imported = import_foreign(path, name, base, task, keep=keep, part=part)
+        keep = Keep(rank, energy) if rank is not None or energy is not None else None
+        imported = import_foreign(path, name, base, task, keep=keep, part=part)
     version = imported.version
     if as_json:
         told = {"found": imported.found, "loss": imported.loss, "difference": imported.difference}

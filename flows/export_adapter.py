@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from infra.errors import InvalidInput, NotMergeable
-from infra.files import require_free
+from infra.files import require_free, whole_folder
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from serving.loading import LoadedAdapter, load
@@ -23,7 +23,7 @@ from training.interchange.lora_layers import LoraLayers, fold, highest_rank
 from training.interchange.merge_proof import MergeProof
 from training.interchange.probes import Difference, answers, difference, probes
 from training.interchange.truncation import Loss
-from training.merged_model import SHARD_SIZE, stored_dtype, write_merged_model
+from training.merged_model import SHARD_SIZE, shard_bytes, stored_dtype, write_merged_model
 from training.methods.contract import CONFIG_FILE, written_config
 from training.methods.peft_method import bare
 from training.methods.plain_lora import write_plain_lora
@@ -81,6 +81,7 @@ def export_adapter(
         NotMergeable: it does not merge, or the merge fails its proof.
         Conflict: the folder holds something.
     """
+    shard_bytes(shard_size)  # before a base is loaded
     registry = AdapterRegistry()
     plain = to == "peft" and not as_lora and rank is None
     if to == "stored" or (plain and not is_compressed(written_config(registry.materialise(address)))):
@@ -95,13 +96,15 @@ def export_adapter(
             return Exported(address, directory, to, proof=proof)
         if rank is not None:
             layers, loss = lora_layers_at(loaded.adapted, rank)
+            moved = _moved(loaded, layers)
             _write(layers, loaded, directory, to)
-            return Exported(address, directory, to, rank, loss, _moved(loaded, layers))
+            return Exported(address, directory, to, rank, loss, moved)
         if plain:
             _write_decoded(loaded, directory)
             return Exported(address, directory, to)
         if to == "peft":
-            write_plain_lora(loaded.adapted, directory)
+            with whole_folder(directory) as written:
+                write_plain_lora(loaded.adapted, written)
             return Exported(address, directory, to)
         layers = lora_layers(loaded.adapted)
         _write(layers, loaded, directory, to)
@@ -128,19 +131,20 @@ def _write_decoded(loaded: LoadedAdapter, directory: Path) -> None:
 
 def _write(layers: LoraLayers, loaded: LoadedAdapter, directory: Path, to: Tool) -> None:
     model = bare(loaded.adapted.model)
-    if to == "peft":
-        write_peft(layers, model, directory)
-    elif to == "mlx":
-        config, tensors = mlx.layers_to_mlx(layers, model)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / mlx.TENSORS_FILE, metadata={"format": "mlx"})
-        content = json.dumps(config, indent=4, sort_keys=True)
-        (directory / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
-    else:
-        tensors = layers_to_kohya(layers, PREFIX)
-        directory.mkdir(parents=True, exist_ok=True)
-        said = {"ss_network_module": "networks.lora", "ss_network_dim": str(highest_rank(layers.values()))}
-        save_file(tensors, directory / f"{loaded.version.adapter}.safetensors", metadata={"format": "pt", **said})
+    with whole_folder(directory) as written:
+        if to == "peft":
+            write_peft(layers, model, written)
+            return
+        written.mkdir()
+        if to == "mlx":
+            config, tensors = mlx.layers_to_mlx(layers, model)
+            save_file(tensors, written / mlx.TENSORS_FILE, metadata={"format": "mlx"})
+            content = json.dumps(config, indent=4, sort_keys=True)
+            (written / CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
+        else:
+            tensors = layers_to_kohya(layers, PREFIX)
+            said = {"ss_network_module": "networks.lora", "ss_network_dim": str(highest_rank(layers.values()))}
+            save_file(tensors, written / f"{loaded.version.adapter}.safetensors", metadata={"format": "pt", **said})
 
 
 def _moved(loaded: LoadedAdapter, layers: LoraLayers) -> Difference | None:

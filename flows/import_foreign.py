@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows.base_models import find_base
 from flows.import_adapter import import_adapter
-from infra.errors import CorruptArtifact, InvalidInput, RegraftError
+from infra.errors import BaseModelMismatch, InvalidInput, RegraftError
 from infra.settings import get_settings
 from registry.addresses import adapter_name
 from registry.records import VersionRecord
@@ -19,16 +19,19 @@ from training.base_models import BaseFolder, load_base, skeleton
 from training.interchange import mlx
 from training.interchange.as_lora import write_peft
 from training.interchange.diffusers_file import layers_from_diffusers
-from training.interchange.extraction import extracted
+from training.interchange.extraction import extracted, require_floats
 from training.interchange.formats import Format, read_config, recognise
 from training.interchange.kohya import layers_from_kohya
 from training.interchange.legacy_pickle import convert_pickle
-from training.interchange.lora_layers import LoraLayer, LoraLayers, fold
+from training.interchange.lora_layers import LoraLayer, LoraLayers, fold, require_finite
 from training.interchange.mlx import layers_from_mlx
 from training.interchange.probes import Difference, answers, difference, probes
 from training.interchange.truncation import Keep, Loss
 from training.merged_model import stored_dtype
 from training.methods.contract import CONFIG_FILE
+from training.tasks.catalog import get_task
+
+LEAST_AGREEMENT = 0.25  # of the choices that a model and the LoRA extracted from it make; another base leaves next to 0
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,19 @@ def import_foreign(
         path: a folder or a file.
         name: of the adapter.
         base: the base model it was trained on, by registered name or reference.
-        task: what it is for.
+        task: the built-in one that it is for.
         keep: how much of a whole model's difference to keep.
         part: of the pipeline, where a kohya or diffusers file holds several.
 
     Raises:
+        NotFound: no such file, base or task.
         InvalidInput: no format that is known, options that do not go with it, or what a LoRA cannot say.
         BaseModelMismatch: it was made for another base model.
         CorruptArtifact: damaged, or not to be trusted.
     """
     adapter_name(name)
+    if task is not None:
+        get_task(task)
     record, folder = find_base(base)
     found, place = recognise(path)
     _check_options(found, keep, part)
@@ -135,13 +141,12 @@ def _of_file(found: Format, place: Path, base: BaseFolder, part: str | None) -> 
 def _tensors(file: Path) -> dict[str, Tensor]:
     read_header(file)  # stricter than the library about what it opens
     tensors: dict[str, Tensor] = load_file(file)
-    damaged = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if damaged:
-        raise CorruptArtifact(f"{damaged[0]} has NaN or infinity in it.", "Was it trained to the end?")
+    require_finite(tensors)
     return tensors
 
 
 def _of_model(place: Path, base: BaseFolder, keep: Keep) -> tuple[LoraLayers, Loss, Difference | None]:
+    require_floats(place)
     cache = get_settings().base_models
     tuned = load_base(f"path:{place.resolve()}", cache=cache)
     plain = load_base(base.reference, cache=cache)
@@ -152,4 +157,11 @@ def _of_model(place: Path, base: BaseFolder, keep: Keep) -> tuple[LoraLayers, Lo
         return layers, loss, None
     whole = answers(tuned.model, inputs)
     fold(layers, plain.model)
-    return layers, loss, difference(whole, answers(plain.model, inputs))
+    moved = difference(whole, answers(plain.model, inputs))
+    if moved.top1 < LEAST_AGREEMENT:
+        raise BaseModelMismatch(
+            f"The extracted LoRA chooses what the model does at {moved.top1:.1%} of {moved.positions} positions, and "
+            f"lacks {loss.total:.0%} of the update: it is not that model.",
+            "Was it made from another base? If not, keep more of it: a higher --rank, or --energy 0.99.",
+        )
+    return layers, loss, moved

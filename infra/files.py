@@ -1,6 +1,9 @@
 """Files and folders that something is written into."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from infra.errors import Conflict
 
@@ -11,6 +14,22 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A place beside `folder` for what is to be in it, which is there when the block ends, and not where that fails.
+
+    Raises:
+        Conflict: the folder holds something, or is none.
+    """
+    require_free(folder)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+        written = Path(staging) / "whole"
+        yield written
+        written.replace(folder)
 
 
 def require_free(folder: Path) -> None:

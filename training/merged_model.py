@@ -1,10 +1,10 @@
 """A model with an adapter folded in, as a folder that transformers loads without knowing of adapters."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from infra.errors import InvalidInput, NotMergeable
-from infra.files import require_free
+from infra.files import require_free, whole_folder
 from training.interchange.merge_proof import MergeProof, prove
 from training.interchange.probes import Probe, probes
 from training.interchange.weight_changes import base_tensors, parameters_of
@@ -21,7 +21,7 @@ from training.methods.contract import Adapted
 from training.methods.targets import output_embeddings
 
 SHARD_SIZE = "5GB"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def write_merged_model(
@@ -39,14 +39,16 @@ def write_merged_model(
         tokenizer: of the base, or None where it has none.
         directory: new or empty.
         dtype: of the written weights; none given: in which `adapted` is.
-        shard_size: the most that one file takes, as transformers reads it ("5GB").
+        shard_size: the most that one file takes ("5GB"); see `shard_bytes`.
 
     Raises:
+        InvalidInput: no such shard size.
         NotMergeable: the update is no change of weights, or one that the architecture, loaded anew, has no place for;
             or what was written is not the base with the adapter folded in.
         Conflict: the directory holds something, or is none.
     """
     require_free(directory)
+    most = shard_bytes(shard_size)
     merged: Any = adapted.merge()
     dtype = dtype or next(p.dtype for p in merged.parameters() if p.is_floating_point())
     before = base_tensors(adapted)
@@ -56,10 +58,8 @@ def write_merged_model(
     _cast(merged, dtype)
     if getattr(merged.config, "tie_word_embeddings", False) and not _tied(merged):
         merged.config.tie_word_embeddings = False  # or it would be tied again when it is loaded
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet(), TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
-        written = Path(staging) / "model"
-        merged.save_pretrained(written, max_shard_size=shard_size)
+    with _quiet(), whole_folder(directory) as written:
+        merged.save_pretrained(written, max_shard_size=most)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         loaded = type(merged).from_pretrained(written, dtype="auto").eval()
@@ -71,9 +71,20 @@ def write_merged_model(
                 "Export it without --to merged. Trained without biases (ssf: shift: false, hydra: bias: false), it "
                 "would merge.",
             )
-        proof = prove(adapted, loaded, moved, written, _probes(merged, tokenizer))
-        written.replace(directory)
-    return proof
+        return prove(adapted, loaded, moved, written, _probes(merged, tokenizer))
+
+
+def shard_bytes(size: str) -> int:
+    """Bytes of a size like 500MB, in powers of ten.
+
+    Raises:
+        InvalidInput: no such size, or none at all.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", size.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1)) if found else 0
+    if count < 1:
+        raise InvalidInput(f"{size!r} is not the size of a file.", "Write it like 5GB, 500MB or 40KB.")
+    return count
 
 
 def stored_dtype(directory: Path) -> torch.dtype | None:
@@ -85,7 +96,7 @@ def stored_dtype(directory: Path) -> torch.dtype | None:
                 part = opened.get_slice(name)
                 held[part.get_dtype()] = held.get(part.get_dtype(), 0) + prod(part.get_shape())
     most = max(held, key=lambda code: held[code], default="")
-    return _DTYPES.get(most)
+    return FLOATS.get(most)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

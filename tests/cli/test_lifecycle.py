@@ -286,7 +286,7 @@ def test_what_is_exported_loads_in_peft_and_imports_again(trained: dict[str, Any
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
 
     assert "✓ brought@1  lora on walked-base" in clean(
-        run_here("import", str(exported), "brought", "--base", "walked-base", "--task", "truth")
+        run_here("import", str(exported), "brought", "--base", "walked-base", "--task", "boolean_expressions")
     )
     assert AdapterRegistry().get("brought@1").artifact_sha256 == trained["artifact_sha256"]
 

@@ -1,9 +1,13 @@
 """How a command shows that it is at work."""
 
+import os
+import signal
+
 import pytest
 
 from cli import session
 from flows.progress import Stage
+from infra.errors import Interrupted
 
 
 @pytest.fixture
@@ -34,3 +38,15 @@ def test_what_takes_a_moment_is_not_mentioned(capsys, seconds: list[float]) -> N
     with session.live_progress():
         Stage("select")(3, 3)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_says_what_is_left(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    told = r"^The import was stopped; nothing was registered\.\nRun the same command again\."
+    with pytest.raises(Interrupted, match=told), session.whole("The import", "nothing was registered"):
+        os.kill(os.getpid(), number)
+    told = r"^The kit was stopped; what is done is kept\.\nThe same command goes on from there\."
+    with pytest.raises(Interrupted, match=told), session.resumable("The kit"):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGTERM) is before

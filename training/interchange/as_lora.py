@@ -17,7 +17,9 @@ from training.interchange.weight_changes import (
     sayable,
 )
 from training.methods.contract import Adapted, write_stored
+from training.methods.peft_method import bare
 from training.methods.plain_lora import low_rank_pairs
+from training.methods.targets import linear_modules, require_room
 
 
 def lora_layers(adapted: Adapted) -> dict[str, LoraLayer]:
@@ -42,9 +44,11 @@ def lora_layers_at(adapted: Adapted, rank: int) -> tuple[dict[str, LoraLayer], L
     weight, which takes memory for one more base model.
 
     Raises:
-        InvalidInput: it changes what a LoRA cannot say (norms, biases, embeddings), named; or it changes nothing.
+        InvalidInput: it changes what a LoRA cannot say (norms, biases, embeddings), named; or it changes nothing; or
+            no layer has so high a rank.
         NotMergeable: its update is no change of weights.
     """
+    require_room(linear_modules(bare(adapted.model)).values(), rank, "--rank")
     updates: Iterator[tuple[str, Update]]
     try:
         updates = iter(lora_layers(adapted).items())

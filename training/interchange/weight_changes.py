@@ -82,7 +82,7 @@ def sayable(changed: Mapping[str, float]) -> None:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise InvalidInput(
             f"No LoRA can say what it does to {shown}: only weights of linear layers.",
-            "Export it as it is, or --to merged.",
+            "Export it as it is, or --to merged; of a merged model, regraft import --rank R leaves these out.",
         )
 
 

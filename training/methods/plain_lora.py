@@ -93,7 +93,11 @@ def low_rank_pairs(adapted: Adapted) -> dict[str, Pair]:
     elif isinstance(adapted, PeftAdapted):
         pairs = dict(_pairs_of_peft(adapted))
     else:
-        raise _unwritable(adapted, "it trains the base's own weights")
+        raise _unwritable(
+            adapted,
+            "it trains the base's own weights",
+            "Export it --to merged; of that, regraft import --rank R makes the LoRA that is nearest.",
+        )
     if not pairs:
         raise _unwritable(adapted, "it changes no weight of a linear layer")
     return pairs
@@ -163,11 +167,11 @@ def decomposed(update: Tensor) -> Pair | None:
     return root[:, None] * Vh[:rank], basis @ U[:, :rank] * root
 
 
-def _unwritable(adapted: Adapted, why: str) -> InvalidInput:
-    return InvalidInput(
-        f"Adapter '{adapted.name}' cannot be written as a plain LoRA: {why}.",
-        "Cut it down to a LoRA: --rank R tells what that loses. Or export it as it is, or --to merged.",
-    )
+_CUT = "Cut it down to a LoRA: --rank R tells what that loses. Or export it as it is, or --to merged."
+
+
+def _unwritable(adapted: Adapted, why: str, remedy: str = _CUT) -> InvalidInput:
+    return InvalidInput(f"Adapter '{adapted.name}' cannot be written as a plain LoRA: {why}.", remedy)
 
 
 def plain_number(number: float) -> float:

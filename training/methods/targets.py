@@ -1,7 +1,7 @@
 """Which linear layers of a model an adapter sits on."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -122,13 +122,18 @@ def select_with_room(model: nn.Module, targets: Targets, exclude: tuple[str, ...
         InvalidInput: nothing matches, or `rank` is more than any of the layers has.
     """
     names, layers = select(model, targets, exclude), linear_modules(model)
-    most = max(min(shape(layers[name])) for name in names)
+    require_room([layers[name] for name in names], rank, "method.rank")
+    return names
+
+
+def require_room(layers: Iterable[nn.Module], rank: int, option: str) -> None:
+    """Raise `InvalidInput`, naming the option, where `rank` is more than any of the linear `layers` has."""
+    most = max((min(shape(layer)) for layer in layers), default=0)
     if rank > most:
         raise InvalidInput(
             f"rank {rank} is above that of every layer: the largest has {most} rows or columns.",
-            f"Lower method.rank to {most} or, far better, well below.",
+            f"Lower {option} to {most} or, far better, well below.",
         )
-    return names
 
 
 def shortest(model: nn.Module, names: list[str]) -> list[str]:
