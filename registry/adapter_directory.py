@@ -102,7 +102,7 @@ def _refuse_pickle(path: str, file: Path, directory: Path) -> None:
     looks_pickled = start.startswith(b"PK\x03\x04") or bool(_PICKLE_START.match(start))
     if suffix not in _PICKLE_SUFFIXES and (is_header or not looks_pickled):
         return
-    if path in (WEIGHTS_FILE, "adapter_model.bin") or not (directory / WEIGHTS_FILE).exists():
+    if path == WEIGHTS_FILE or not (directory / WEIGHTS_FILE).exists():
         source = "adapter_model.bin" if path == WEIGHTS_FILE else path
         rename = f"mv {WEIGHTS_FILE} {source} && " if path == WEIGHTS_FILE else ""
         remedy = (

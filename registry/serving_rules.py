@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import isclose, sqrt
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from infra.errors import CorruptArtifact
@@ -51,6 +52,7 @@ COMPRESSED = "COMPRESSED"  # Regraft's own; what it was before stands inside
 _SIDE = re.compile(r"(?:base_model\.model\.)?(?P<place>.+)\.lora_(?P<side>[AB])\.weight")
 _LAYER = re.compile(r"(?P<before>.*\.)?(?P<number>\d+)\.(?P<inside>.+)")
 _NO_CHANGE_OF_WEIGHTS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}
+_TRAINED_BASE = {"REGRAFT_FULL", "REGRAFT_LISA", "REGRAFT_GALORE", "REGRAFT_NATURAL_GALORE", "LN_TUNING"}
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -69,7 +71,7 @@ class Subject:
     """The adapter under examination.
 
     Args:
-        called: what the user calls it, for the remedies' commands.
+        called: what the user calls it, an address or a folder's path, for the remedies' commands.
         files: its folder, checked.
         family: `model_type` of its base, where it is known.
         tied_head: whether the base's head is tied to its embeddings, where it is known.
@@ -109,14 +111,31 @@ class Subject:
             told[place] = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
         return told
 
+    @property
+    def export(self) -> str:
+        """The command that exports it; a folder is registered before."""
+        if self.is_folder:
+            return f"{self.imported}, then regraft export NAME DIR"
+        return f"regraft export {self.called} DIR"
+
+    @property
+    def imported(self) -> str:
+        """The command that registers the folder."""
+        return f"regraft import {quote(self.called)} NAME --base BASE"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is called by a path, which no address is."""
+        return "/" in self.called
+
     def cut(self, rank: int | None = None) -> str:
         """The command that writes it as one plain LoRA, of its own highest rank where none is given."""
-        return f"regraft export {self.called} DIR --rank {rank or self.rank}"
+        return f"{self.export} --rank {rank or self.rank}"
 
     @property
     def merged(self) -> str:
         """The command that writes it as a plain model."""
-        return f"regraft export {self.called} DIR --to merged"
+        return f"{self.export} --to merged"
 
 
 def examine(subject: Subject, server: Server, max_rank: int | None = None) -> list[Line]:
@@ -152,14 +171,23 @@ def tied_head(reference: str) -> bool | None:
 def _not_a_lora(subject: Subject, server: Server) -> Line:
     found = f"stored as {subject.kind}, which {server} does not know"
     if subject.kind == COMPRESSED:
-        return Line(False, "a LoRA", found, f"It is decoded on the way out: regraft export {subject.called} DIR")
+        return Line(False, "a LoRA", found, f"It is decoded on the way out: {subject.export}")
     if subject.kind in _NO_CHANGE_OF_WEIGHTS:
-        return Line(False, "a LoRA", found, f"It is no change of weights: regraft generate {subject.called}, or peft")
-    return Line(False, "a LoRA", found, f"{_as_lora(subject)}; or {subject.merged}")
+        return Line(False, "a LoRA", found, f"It is no change of weights: {_generate(subject)}, or peft")
+    return Line(False, "a LoRA", found, _as_lora(subject))
 
 
 def _as_lora(subject: Subject) -> str:
-    return f"regraft export {subject.called} DIR --as-lora; where that is refused, --rank 16 tells what is lost"
+    if subject.kind in _TRAINED_BASE:  # norms and embeddings, too, which no LoRA can say
+        return f"{subject.merged}; or a LoRA out of that: regraft import DIR NAME --base BASE --rank 16"
+    refused = "where that is refused, --rank 16 tells what is lost"
+    return f"{subject.export} --as-lora; {refused}; or {subject.merged}"
+
+
+def _generate(subject: Subject) -> str:
+    if subject.is_folder:
+        return f"{subject.imported}, then regraft generate NAME"
+    return f"regraft generate {subject.called}"
 
 
 def _known_to_peft(subject: Subject) -> Line:
@@ -167,8 +195,7 @@ def _known_to_peft(subject: Subject) -> Line:
         return Line(True, "a type of peft's", subject.kind)
     if subject.kind == COMPRESSED:
         return _not_a_lora(subject, "peft")
-    remedy = f"{_as_lora(subject)}; or {subject.merged}"
-    return Line(False, "a type of peft's", f"{subject.kind} is Regraft's own", remedy)
+    return Line(False, "a type of peft's", f"{subject.kind} is Regraft's own", _as_lora(subject))
 
 
 def _readable(subject: Subject) -> list[Line]:

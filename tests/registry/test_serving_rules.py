@@ -1,6 +1,7 @@
 """What servers ask of an adapter, rule by rule."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ def test_vllm_s_vocabulary_with_an_adapted_head(subject: Any) -> None:
         ("PACA", "peft", "--as-lora"),
         ("PACA", "vllm", "--as-lora"),
         ("VERA", "vllm", "--to merged"),
+        (
+            "REGRAFT_FULL",
+            "vllm",
+            "--to merged; or a LoRA out of that: regraft import DIR NAME --base BASE --rank 16",
+        ),
+        ("LN_TUNING", "llama.cpp", "regraft export counting@3 DIR --to merged; or a LoRA out of that"),
         ("PREFIX_TUNING", "lorax", "no change of weights"),
     ],
 )
@@ -163,3 +170,18 @@ def test_whether_a_head_is_tied_is_read_off_a_local_base(tmp_path: Path) -> None
     for text, told in (('{"tie_word_embeddings": true}', True), ("{}", None), ("{", None)):
         (tmp_path / "config.json").write_text(text)
         assert tied_head(f"path:{tmp_path}") is told
+
+
+@pytest.mark.parametrize(
+    ("config", "then"),
+    [
+        ({}, "then regraft export NAME DIR --rank 4"),
+        ({"peft_type": "COMPRESSED"}, "then regraft export NAME DIR"),
+        ({"peft_type": "PACA"}, "then regraft export NAME DIR --as-lora"),
+        ({"peft_type": "CPT"}, "then regraft generate NAME"),
+    ],
+)
+def test_a_folder_is_registered_before_it_is_exported(subject: Any, config: dict[str, Any], then: str) -> None:
+    folder = replace(subject(**config), called="/some where/folder")
+    (line,) = failed(folder, "vllm", 4)
+    assert f"regraft import '/some where/folder' NAME --base BASE, {then}" in line.remedy

@@ -42,6 +42,8 @@ def recognise(path: Path) -> tuple[Format, Path]:
     if (path / CONFIG_FILE).is_file():
         is_old = (path / PICKLE_FILE).is_file() and not (path / TENSORS_FILE).exists()
         return (Format.PEFT_PICKLE if is_old else Format.PEFT), path
+    if (path / mlx.TENSORS_FILE).is_file():
+        raise _half_of_mlx(path / mlx.TENSORS_FILE)
     if (path / "config.json").is_file():
         return Format.MODEL, path
     files = sorted(path.glob("*.safetensors"))
@@ -62,8 +64,17 @@ def _of_file(file: Path) -> Format:
         return Format.DIFFUSERS
     if any(name.startswith("lora_") for name in names):
         return Format.KOHYA
+    if any(name.endswith(".lora_a") for name in names):
+        raise _half_of_mlx(file)
     raise InvalidInput(
         f"{file} holds no LoRA that is known here; its first tensor is {next(iter(names), '–')}.", _KNOWN
+    )
+
+
+def _half_of_mlx(file: Path) -> InvalidInput:
+    return InvalidInput(
+        f"{file} is half of an MLX adapter: its rank and scale stand in the {CONFIG_FILE} beside it.",
+        f"Name a folder that holds {mlx.TENSORS_FILE} and {CONFIG_FILE}.",
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infra.errors import CorruptArtifact
 from training.methods.contract import CONFIG_FILE, TENSORS_FILE
+from training.methods.foreign_config import RESTORE
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -40,7 +41,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _refused(file, f"it is no archive of torch's ({error})") from None
+        is_older = file.read_bytes()[:1] == b"\x80"  # a bare pickle, as torch wrote them before 1.6
+        raise _refused(file, f"it is no archive of torch's ({error})", _SAVE_AGAIN if is_older else RESTORE) from None
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
         raise _refused(file, "it is compressed, which torch's own files never are")
     try:
@@ -48,7 +50,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise _refused(file, f"it holds more than tensors: {_first_line(error)}") from None
     except Exception as error:  # its readers raise whatever they trip over
-        raise _refused(file, f"it is damaged: {_first_line(error)}") from None
+        raise _refused(file, f"it is damaged: {_first_line(error)}", RESTORE) from None
     if not isinstance(content, dict) or not content:
         raise _refused(file, "it is no mapping of names to tensors")
     total = 0
@@ -73,8 +75,8 @@ def _first_line(error: Exception) -> str:
     return (told or type(error).__name__)[:200].rstrip(".")
 
 
-def _refused(file: Path, why: str) -> CorruptArtifact:
-    return CorruptArtifact(
-        f"{file} was not read: {why}.",
-        "Where you trust it, load it with the peft that wrote it and save it again: it writes safetensors today.",
-    )
+_SAVE_AGAIN = "Where you trust it, load it with the peft that wrote it and save it again: it writes safetensors today."
+
+
+def _refused(file: Path, why: str, remedy: str = _SAVE_AGAIN) -> CorruptArtifact:
+    return CorruptArtifact(f"{file} was not read: {why}.", remedy)

@@ -10,7 +10,11 @@ from torch import Tensor
 from infra.errors import BaseModelMismatch, InvalidInput
 
 MIGRATE = "Were they trained on different base models? Move one first: regraft migrate NAME@VERSION --to BASE"
-AS_LORA = "Where the update is of low rank, write them as plain LoRAs: regraft export NAME@VERSION DIRECTORY --as-lora"
+AS_LORA = (
+    "Write them as LoRAs, then regraft import DIR NAME --base BASE: where the update is of low rank by regraft export "
+    "NAME@VERSION DIR --as-lora, else by --rank R, which tells what is lost. Of a fine-tuned model: --to merged, and "
+    "import that with --rank R."
+)
 
 
 @dataclass(frozen=True)

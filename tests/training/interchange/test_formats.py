@@ -81,3 +81,10 @@ def test_a_config_is_a_bounded_json_object(tmp_path: Path) -> None:
             read_config(file)
     file.write_text(json.dumps({"a": 1}))
     assert read_config(file) == {"a": 1}
+
+
+def test_half_of_an_mlx_adapter_is_told_what_it_lacks(tmp_path: Path) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": ONE}, tmp_path / "adapters.safetensors")
+    for place in (tmp_path, tmp_path / "adapters.safetensors"):
+        with pytest.raises(InvalidInput, match=r"stand in the adapter_config\.json beside it"):
+            recognise(place)

@@ -110,3 +110,15 @@ def test_tensors_that_share_storage_are_separated(tmp_path: Path) -> None:
     convert_pickle(folder(tmp_path / "old", {"a": both[:4], "b": both[4:].T}), tmp_path / "converted")
     found = load_file(tmp_path / "converted" / "adapter_model.safetensors")
     assert torch.equal(found["a"], both[:4]) and torch.equal(found["b"], both[4:].T)
+
+
+def test_a_damaged_one_is_to_be_copied_again_and_an_older_one_saved_again(tmp_path: Path) -> None:
+    old = folder(tmp_path / "old", TENSORS)
+    whole = (old / "adapter_model.bin").read_bytes()
+    for content in (b"", whole[:-40], whole[: len(whole) // 2]):
+        (old / "adapter_model.bin").write_bytes(content)
+        with pytest.raises(CorruptArtifact, match="Copy it again"):
+            convert_pickle(old, tmp_path / "converted")
+    torch.save(TENSORS, old / "adapter_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CorruptArtifact, match="load it with the peft that wrote it"):
+        convert_pickle(old, tmp_path / "converted")
