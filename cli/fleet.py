@@ -163,7 +163,7 @@ def _tell(fleet: "Fleet") -> None:
     show(columns, rows, f"No adapter stands on {fleet.source}.")
     if len(fleet.adapters) > _MOST_SHOWN:
         console.print(f"[dim]… and {len(fleet.adapters) - _MOST_SHOWN:,} more in the report[/]")
-    console.print(f"\n{duration(fleet.seconds)}   report: {fleet.report}", soft_wrap=True)
+    console.print(f"\n{duration(fleet.seconds)}   report: {escape(str(fleet.report))}", soft_wrap=True)
     if fleet.count("failed"):
         console.print("[dim]The same command tries again what failed, and nothing else.[/]")
 

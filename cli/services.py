@@ -55,7 +55,7 @@ def status(as_json: Json = False) -> None:
         for s in services
     ]
     show(("service", "state", "~address", "process", "started"), rows, "")
-    console.print(f"[dim]home {settings.home}[/]", soft_wrap=True)
+    console.print(f"[dim]home {escape(str(settings.home))}[/]", soft_wrap=True)
 
 
 def doctor(as_json: Json = False) -> None:
