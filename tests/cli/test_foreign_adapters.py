@@ -88,6 +88,7 @@ def test_a_sound_one_is_taken(base: Path, stranger: Path) -> None:
         ({"use_rslora": "x"}, 2, "adapter_config.json: use_rslora: give true or false"),
         ({"r": 10**12}, 5, "is stored at rank 4; the config says 1000000000000"),
         ({"task_type": "x"}, 5, "Invalid task type"),
+        ({"monteclora_config": {"unheard": 1}}, 5, "peft cannot read its adapter_config.json"),
         ({"layer_replication": [[0, 9]]}, 5, "peft cannot put it on LlamaForCausalLM"),
     ],
 )
@@ -117,6 +118,7 @@ def test_damaged_weights_are_not_blamed_on_the_base(
     ("key", "told"),
     [
         (KEY.replace("layers.0", "layers.7"), "has no layer model.layers.7.self_attn.q_proj"),
+        ("base_model.model.transformer.h.0.attn.c_attn.ia3_l", "has no layer transformer.h.0.attn.c_attn"),
         (KEY.replace("q_proj", "o_proj"), "has 32 inputs, the adapter's 24"),
     ],
 )

@@ -167,12 +167,15 @@ def require_places(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> Non
     """
     modules, linear = dict(model.named_modules()), linear_modules(model)
     for key, extents in shapes.items():
-        place, part = split_key(key)
-        if not key.startswith(PREFIX) or len(extents) != 2 or part not in ("lora_A.weight", "lora_B.weight"):
+        if not key.startswith(PREFIX):
             continue
-        if place not in modules:
+        place, part = split_key(key)
+        known = place
+        while known not in modules:  # what follows a known place may be the adapter's own
+            known = known.rpartition(".")[0]
+        if not known or isinstance(modules[known], nn.ModuleList):
             raise _other_base(f"{type(model).__name__} has no layer {place}.")
-        if place in linear:
+        if place in linear and part in ("lora_A.weight", "lora_B.weight") and len(extents) == 2:
             m, n = shape(linear[place])
             side, expected, found = ("inputs", n, extents[1]) if part == "lora_A.weight" else ("outputs", m, extents[0])
             if expected != found:

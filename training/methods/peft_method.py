@@ -28,6 +28,9 @@ from training.methods.contract import (
 )
 from training.methods.foreign_config import RESTORE, ForeignConfig
 
+# What peft raises over a strange adapter_config.json, of which it checks little.
+TRIPS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError)
+
 
 class PeftAdapted(Adapted):
     """One named adapter on a `peft.PeftModel`; those on the same base share the wrapper `model`."""
@@ -159,13 +162,12 @@ class PeftMethod(Method[Config]):
         content = self.readable(content, tensors) | {"inference_mode": False}
         try:
             peft_config = PeftConfig.from_peft_type(**content)
-        except (TypeError, ValueError, KeyError) as error:
+        except TRIPS as error:
             raise CorruptArtifact(f"peft cannot read its adapter_config.json: {error}", RESTORE) from error
         with _undone_on_error(model, name), seeded(0, model):
             try:
                 adapted = self._put(model, peft_config, name)
-            except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
-                # peft finds none of the layers, or trips over what its config says: it checks little of it
+            except TRIPS as error:  # peft finds none of the layers, or what the config says makes no sense
                 base = type(bare(model)).__name__
                 raise CorruptArtifact(
                     f"peft cannot put it on {base} as its adapter_config.json says: {error}", OTHER_BASE

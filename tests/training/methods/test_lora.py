@@ -114,7 +114,7 @@ def test_another_peft_type_cannot_join() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (tiny_gpt2, r"does not fit LlamaForCausalLM: .*c_attn"),
+        (tiny_gpt2, r"peft cannot put it on LlamaForCausalLM .*c_attn"),
         (lambda: tiny_llama(layers=1), r"do not fit adapter 'third': base_model.model.model.layers.1.*is missing"),
     ],
     ids=["other layers", "fewer layers"],
