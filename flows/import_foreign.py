@@ -15,7 +15,7 @@ from infra.settings import get_settings
 from registry.addresses import adapter_name
 from registry.records import VersionRecord
 from registry.safetensors_header import read_header
-from training.base_models import BaseFolder, load_base, skeleton
+from training.base_models import BaseFolder, load_base, resolve_base, skeleton
 from training.interchange import mlx
 from training.interchange.as_lora import write_peft
 from training.interchange.diffusers_file import layers_from_diffusers
@@ -146,8 +146,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _of_model(place: Path, base: BaseFolder, keep: Keep) -> tuple[LoraLayers, Loss, Difference | None]:
-    require_floats(place)
     cache = get_settings().base_models
+    require_floats(resolve_base(f"path:{place.resolve()}", cache))
     tuned = load_base(f"path:{place.resolve()}", cache=cache)
     plain = load_base(base.reference, cache=cache)
     layers, loss = extracted(plain.model, tuned.model, keep, stored_dtype(place))

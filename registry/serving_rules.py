@@ -53,6 +53,7 @@ _SIDE = re.compile(r"(?:base_model\.model\.)?(?P<place>.+)\.lora_(?P<side>[AB])\
 _LAYER = re.compile(r"(?P<before>.*\.)?(?P<number>\d+)\.(?P<inside>.+)")
 _NO_CHANGE_OF_WEIGHTS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}
 _TRAINED_BASE = {"REGRAFT_FULL", "REGRAFT_LISA", "REGRAFT_GALORE", "REGRAFT_NATURAL_GALORE", "LN_TUNING"}
+_LARGEST = 1e19  # of a rank or α; its square is beyond float32
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -400,7 +401,7 @@ def _of(pattern: object, place: str, default: object) -> object:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
         raise CorruptArtifact(f"Its config says r or lora_alpha {value!r:.40}.", "Save the adapter again.")
     return float(value)
 

@@ -218,6 +218,18 @@ def test_a_whole_model_of_another_base_or_too_much_of_it(
     assert run_here("import", str(folder), "of-tuned", "--base", "strangers-base", "--rank", "4").code == 0
 
 
+def test_a_whole_model_that_is_cut_short_or_quantised_by_its_config(
+    base: Path, layers: dict[str, LoraLayer], tmp_path: Path
+) -> None:
+    folder = tuned(base, layers, tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    refused(folder, 2, "its config.json has a quantization_config", options=("--rank", "4"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    refused(folder, 5, "model.safetensors", options=("--rank", "4"))
+
+
 def test_options_without_sense(base: Path, stranger: Path) -> None:
     assert "--energy 0 would keep nothing" in imported(stranger, "--energy", "0").err
     unknown = imported(stranger, "--task", "navigat")

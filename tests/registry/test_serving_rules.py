@@ -158,7 +158,15 @@ def test_another_kind_of_adapter_is_told_its_way_out(subject: Any, kind: str, se
 
 
 @pytest.mark.parametrize(
-    "config", [{"r": 0}, {"lora_alpha": "16"}, {"r": True}, {"lora_alpha": None}, {"alpha_pattern": {"(": 2}}]
+    "config",
+    [
+        {"r": 0},
+        {"lora_alpha": 1e38},
+        {"lora_alpha": "16"},
+        {"r": True},
+        {"lora_alpha": None},
+        {"alpha_pattern": {"(": 2}},
+    ],
 )
 def test_a_config_without_sense_is_refused(subject: Any, config: dict[str, Any]) -> None:
     with pytest.raises(CorruptArtifact):

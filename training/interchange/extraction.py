@@ -1,13 +1,12 @@
 """A LoRA out of a fine-tuned or merged model: the difference from its base, layer by layer, at a lower rank."""
 
-from pathlib import Path
-
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from infra.errors import BaseModelMismatch, InvalidInput
 from training.base_identity import read_json
+from training.base_models import BaseFolder
 from training.interchange.lora_layers import LoraLayer, require_finite
 from training.interchange.truncation import Keep, Loss, truncated
 from training.interchange.weight_changes import linear_changes, other_changes, parameters_of
@@ -54,11 +53,11 @@ def extracted(
     return layers, Loss(loss.layers, loss.total, left_out)
 
 
-def require_floats(directory: Path) -> None:
-    """Raise `InvalidInput` where a model folder holds quantised weights: what they mean is not in them alone."""
-    if read_json(directory / "config.json").get("quantization_config"):
+def require_floats(model: BaseFolder) -> None:
+    """Raise `InvalidInput` where a model's weights are quantised: what they mean is not in them alone."""
+    if read_json(model.directory / "config.json").get("quantization_config"):
         raise _quantised("its config.json has a quantization_config")
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in sorted(model.directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 code = opened.get_slice(name).get_dtype()

@@ -103,7 +103,8 @@ class Lora(PeftMethod[LoraConfig]):
             place, _, factor = key.removesuffix(".weight").rpartition(".")
             if factor in ("lora_A", "lora_embedding_A") and tensor.ndim and not config.target_parameters:
                 config.require_rank(place, len(tensor))
-                _require_float32(place, config.scale(place), tensor, tensors.get(key.replace("_A", "_B")))
+                other = key.replace(f".{factor}", f".{factor[:-1]}B")
+                _require_float32(place, config.scale(place), tensor, tensors.get(other))
         return adapter_config
 
     def is_active(self, adapted: PeftAdapted) -> bool:
