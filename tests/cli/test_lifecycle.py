@@ -370,10 +370,14 @@ def test_an_import_that_must_not_be_trusted_is_refused(
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, weights)
     diverged = refused()
-    assert (diverged.code, "with NaN or infinity in it" in diverged.err) == (5, True)
+    assert (diverged.code, "has NaN or infinity in it" in diverged.err) == (5, True)
     deeper = save_tiny_llama(tmp_path / "deeper", layers=3)
     misfit = refused("--base", f"path:{deeper}")
-    assert (misfit.code, "does not fit deeper" in misfit.err) == (6, True)
+    assert (misfit.code, "is registered as walked-base; deeper is another model" in misfit.err) == (6, True)
+    config = json.loads((exported / "adapter_config.json").read_text())
+    (exported / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    misfit = refused("--base", f"path:{deeper}")
+    assert (misfit.code, "is missing" in misfit.err, "Was it trained on this base?" in misfit.err) == (5, True, True)
 
 
 def test_prompts_come_as_arguments_or_one_a_line_from_a_pipe(trained: dict[str, Any]) -> None:
