@@ -48,7 +48,7 @@ def survey(pieces: Callable[[], Iterable[Numbers]], wanted: int) -> Survey:
             shift = float(piece[0])  # the variance is the same; that of equal numbers is exactly 0
         shifted = piece.astype(np.float64) - shift
         total += float(shifted.sum())
-        squares += float(shifted @ shifted)
+        squares += float(np.square(shifted, out=shifted).sum())  # not by BLAS, whose threads wait for a busy machine
         elements += len(piece)
     if elements > 1:
         deviation = math.sqrt(max(squares - total * total / elements, 0) / (elements - 1))
