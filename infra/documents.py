@@ -82,8 +82,10 @@ def _named(content: object) -> str:
     return names.get(type(content), f"a {type(content).__name__}")
 
 
-def parse(document: type[Document], content: dict[str, Any], source: str, prefix: str = "") -> Document:
-    """`content` as a `document`; `source` and `prefix` name the place in error messages.
+def parse(
+    document: type[Document], content: dict[str, Any], source: str, prefix: str = "", remedy: str = ""
+) -> Document:
+    """`content` as a `document`; `source` and `prefix` name the place in error messages, `remedy` says where to look.
 
     Raises:
         InvalidInput: every unknown key, missing key and wrong value, one a line.
@@ -92,7 +94,7 @@ def parse(document: type[Document], content: dict[str, Any], source: str, prefix
         return document.model_validate(content)
     except ValidationError as error:
         problems = _explained(document, _causes(error.errors(include_url=False)), prefix)
-        raise InvalidInput("\n".join(f"{source}: {problem}" for problem in problems)) from None
+        raise InvalidInput("\n".join(f"{source}: {problem}" for problem in problems), remedy) from None
 
 
 def told(error: ValueError) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from infra.documents import Section
-from infra.errors import CorruptArtifact
+from infra.errors import CorruptArtifact, InvalidInput
 from kernels.codebook import PackedCodes, decode_codes
 from training.compression import codes
 from training.compression.codec import Codec, Origin, pieces
@@ -43,10 +43,13 @@ class Codebook(Codec[CodebookOptions]):
         """Each tensor by itself; one that a codebook of so many bits gave back keeps its μ and σ.
 
         Only 256 levels in 16-bit dtypes are not always recognised, as they may lie as close as the dtype's own numbers.
+
+        Raises:
+            InvalidInput: a level would be beyond a tensor's dtype.
         """
         del origins
         for name, tensor in tensors.items():
-            content = _known(tensor, options.bits) or _estimated(tensor, options.bits)
+            content = _known(tensor, options.bits) or _estimated(name, tensor, options.bits)
             yield Packed(name, tensor.dtype, tuple(tensor.shape), content, {})
 
     def unpack(self, packed: Packed, options: CodebookOptions, origin: Origin | None) -> Tensor:
@@ -63,8 +66,13 @@ class Codebook(Codec[CodebookOptions]):
         mean, deviation = torch.from_numpy(content[size:].copy().view("<f4").astype(np.float32))
         if not (mean.isfinite() and deviation.isfinite()):
             raise CorruptArtifact(f"{packed.name} has a mean or a deviation that is no number.", REMEDY)
-        values = (levels(options.bits).float() * deviation + mean).to(packed.dtype)
+        values = _values(options.bits, mean, deviation, packed.dtype)
         return decode_codes(PackedCodes(packed.shape, options.bits, torch.from_numpy(content[:size].copy())), values)
+
+
+def _values(bits: int, mean: Tensor, deviation: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each of the codes stands for."""
+    return (levels(bits).float() * deviation + mean).to(dtype)
 
 
 def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +84,14 @@ def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return both[0], both[1]
 
 
-def _estimated(tensor: Tensor, bits: int) -> bytes:
+def _estimated(name: str, tensor: Tensor, bits: int) -> bytes:
     """The codes of a tensor that has not been through a codebook, μ and σ behind them."""
     mean, deviation = _moments(tensor)
+    if not _values(bits, mean, deviation, tensor.dtype).isfinite().all():
+        raise InvalidInput(
+            f"{name} holds numbers too large for levels of {tensor.dtype}.",
+            "Is it the adapter of a run that diverged?",
+        )
     parts = (cells(standardised(piece, mean, deviation), bits) for piece in pieces(tensor))
     return _joined(parts, bits, mean, deviation)
 

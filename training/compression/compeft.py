@@ -36,7 +36,7 @@ _BASE = "Is it the base model that the adapter was trained on?"
 class ComPEFTOptions(Section):
     """How much is kept, how large it becomes, and how it lies in the file."""
 
-    density: float = Field(0.05, ge=0, le=1, description="k: the fraction of all entries that is kept")
+    density: float = Field(0.05, gt=0, le=1, description="k: the fraction of all entries that is kept")
     alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="α: what is kept becomes ±α·σ(τ)")
     layout: Literal["golomb", "bitmask"] = Field(
         "golomb", description="golomb: smallest; bitmask: two bits an entry, for arithmetic without decoding"

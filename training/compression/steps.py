@@ -22,6 +22,7 @@ from training.compression.groups import Groups
 CODECS: dict[str, Codec[Any]] = {codec.name: codec for codec in (ComPEFT(), Codebook(), Groups())}
 LOW_RANK = "low_rank"
 EXAMPLE = "For example: low_rank:rank=4+groups:bits=4"
+FORMS = "Forms: compeft:density=0.1, codebook:bits=2, groups:bits=4, of a LoRA also low_rank:rank=4+ before one of these."
 
 
 class LowRankOptions(Section):
@@ -91,14 +92,14 @@ def _read(part: str, line: str) -> tuple[str, Section]:
     known: dict[str, type[Section]] = {name: codec.options_type for name, codec in CODECS.items()}
     known[LOW_RANK] = LowRankOptions
     if name not in known:
-        raise InvalidInput(f"{line!r}: there is no step {name!r}.", did_you_mean(name, list(known)))
+        raise InvalidInput(f"{line!r}: there is no step {name!r}. {did_you_mean(name, list(known))}", FORMS)
     given: dict[str, Any] = {}
     for pair in rest.split(",") if rest else []:
         key, equals, value = (word.strip() for word in pair.partition("="))
         if not equals or not key or not value or key in given:
             raise InvalidInput(f"{line!r}: {pair!r} is not one KEY=VALUE more of {name}.", EXAMPLE)
         given[key] = _number(value)
-    return name, parse(known[name], given, repr(line), name)
+    return name, parse(known[name], given, repr(line), name, FORMS)
 
 
 def _number(value: str) -> int | str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from infra.errors import InvalidInput
 from tests.training.compression.adapters import DTYPES, numbers
 from training.compression import compress, container, decompress
 from training.compression.levels import borders, levels
@@ -58,6 +59,13 @@ def test_more_bits_come_nearer(bits: int) -> None:
     weight = numbers("normal", (100, 100), torch.float32, 0, 1.0)
     error = float((decompress(compress({"a": weight}, f"codebook:bits={bits}"))["a"] - weight).abs().mean())
     assert error < {1: 0.49, 2: 0.28, 4: 0.08, 8: 0.006}[bits]
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("numbers_", [[3e38, -3e38, 3e38, 3e38], [3.3e38, -3.3e38]], ids=["a level", "the deviation"])
+def test_numbers_whose_levels_a_dtype_cannot_hold_are_refused(bits: int, numbers_: list[float]) -> None:
+    with pytest.raises(InvalidInput, match=r"a holds numbers too large for levels of torch\.float32"):
+        compress({"a": torch.tensor(numbers_)}, f"codebook:bits={bits}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

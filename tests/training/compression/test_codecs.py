@@ -19,7 +19,7 @@ LINES = (
     "compeft",
     "compeft:density=0.3,alpha=2",
     "compeft:density=1",
-    "compeft:density=0",
+    "compeft:density=0.00001",
     "compeft:layout=bitmask,density=0.2",
     "codebook:bits=1",
     "codebook:bits=2",

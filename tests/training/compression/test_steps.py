@@ -22,7 +22,8 @@ def test_a_line_names_a_rank_and_a_codec() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("grups:bits=4", r"there is no step 'grups'.\nDid you mean 'groups'"),
+        ("grups:bits=4", r"there is no step 'grups'. Did you mean 'groups'"),
+        ("nope", "Did you mean 'compeft'.*\n.*codebook:bits=2.*groups:bits=4.*low_rank:rank=4"),
         ("groups:bit=4", r"groups\.bit is not an option\. Did you mean 'bits'"),
         ("groups:bits=3", r"groups\.bits: give 2, 4 or 8 \(given: 3\)"),
         ("groups:bits=four", r"groups\.bits: give 2, 4 or 8 \(given: 'four'\)"),
@@ -30,6 +31,7 @@ def test_a_line_names_a_rank_and_a_codec() -> None:
         ("groups:bits=4,bits=8", "'bits=8' is not one KEY=VALUE more of groups"),
         ("groups:", None),
         ("compeft:density=2", "compeft.density: Input should be less than or equal to 1"),
+        ("compeft:density=0", "compeft.density: Input should be greater than 0.*\nForms: compeft:density=0.1, "),
         ("compeft:alpha=nan", "compeft.alpha"),
         ("compeft:alpha=inf", "compeft.alpha"),
         ("compeft+low_rank:rank=4", "compeft makes bytes, so nothing can follow it"),
