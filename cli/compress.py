@@ -36,7 +36,7 @@ def compress(
 
     Every form is tried on validation items, the smallest within --max-loss is registered and measured on the version's
     own suites. Loading, serving and migrating it need nothing else. Ctrl-C keeps what is measured. Exit code 7: no form
-    is within the allowed loss, or the one that was chosen is not on the suites.
+    within the allowed loss is smaller than the version is, or the one that was chosen is not within it on the suites.
 
     Examples:
       [bold]regraft compress counting@production[/]
@@ -44,22 +44,24 @@ def compress(
       [bold]regraft compress counting@3 --codec low_rank:energy=0.95+groups:bits=4 --promote production[/]
     """
     from cli.session import connect_flows, live_progress, resumable
-    from flows.compress_adapter import compress_adapter, plan_compression
-    from flows.suites import suites_for
 
-    walk, suites = tuple(codec or ()), suites_for(task, 0, None)
-    plan = plan_compression(address, walk, max_loss, suites, name, promote)
-    connect_flows()  # what needs no server has come first
-    with live_progress(), resumable("The compression"):
-        compression = compress_adapter(
-            plan.source.address,
-            walk,
-            allowed_loss=max_loss,
-            suites=suites,
-            samples=samples,
-            name=name,
-            promote_to=promote,
-        )
+    with resumable("The compression"):
+        from flows.compress_adapter import compress_adapter, plan_compression
+        from flows.suites import suites_for
+
+        walk, suites = tuple(codec or ()), suites_for(task, 0, None)
+        plan = plan_compression(address, walk, max_loss, suites, name, promote)
+        connect_flows()  # what needs no server has come first
+        with live_progress():
+            compression = compress_adapter(
+                plan.source.address,
+                walk,
+                allowed_loss=max_loss,
+                suites=suites,
+                samples=samples,
+                name=name,
+                promote_to=promote,
+            )
     if as_json:
         print_json(compression)
     else:
@@ -71,23 +73,33 @@ def compress(
 def _tell(compression: "Compression") -> None:
     rows = [
         (
-            "[green]✓[/]" if form.passed else "[red]✗[/]",
+            ("[green]✓[/]" if form.size_bytes < compression.source_bytes else "–") if form.passed else "[red]✗[/]",
             f"[bold]{escape(form.steps)}[/]" if form.on_front else escape(form.steps),
             size(form.size_bytes),
-            f"{form.ratio:.1f} ×",
+            f"{compression.source_bytes / form.size_bytes:.1f} ×",
             *(f"{value:.3f}" for value in form.values),
         )
         for form in compression.forms
     ]
     before = ("", "as it is", size(compression.source_bytes), "", *(f"{value:.3f}" for value in compression.before))
-    show(("", "~form", ">size", ">smaller", *(f">{suite}" for suite in compression.suites)), [*rows, before], "")
-    console.print(f"[dim]smaller: than {size(compression.dense_bytes)} of bfloat16; bold: nothing smaller is better[/]")
+    show(("", "~form", ">tensors", ">smaller", *(f">{suite}" for suite in compression.suites)), [*rows, before], "")
+    console.print(
+        f"[dim]smaller: than as it is (its numbers in bfloat16: {size(compression.dense_bytes)}); "
+        "bold: nothing smaller is better[/]"
+    )
     if compression.address is None:
-        console.print("[bold red]no form[/] is within the allowed loss; nothing was registered.")
+        if any(form.passed for form in compression.forms):
+            console.print(
+                f"[bold]nothing to gain[/]: no form within the allowed loss is smaller than {compression.source} is; "
+                "nothing was registered."
+            )
+        else:
+            console.print("[bold red]no form[/] is within the allowed loss; nothing was registered.")
         return
     console.print(
         f"[bold green]✓[/] [bold]{compression.address}[/]  {escape(compression.steps or '')} of "
-        f"[bold]{compression.source}[/], {size(compression.size_bytes or 0)}"
+        f"[bold]{compression.source}[/], {size(compression.size_bytes or 0)} of tensors instead of "
+        f"{size(compression.source_bytes)}"
     )
     numbers = [
         (

@@ -53,10 +53,8 @@ def merge(
       [bold]regraft merge counting@3 logic@2 --as both --method ties --set density=0.3[/]
       [bold]regraft merge chatty@4 rude@1 --as polite --weight 1 --weight -0.5[/]  (forget what rude@1 learnt)
     """
-    from cli.session import connect_flows, live_progress
+    from cli.session import connect_flows, live_progress, whole
     from cli.train import overrides
-    from flows.merge_adapters import merge_adapters, plan_merge
-    from flows.suites import suites_for
     from infra.errors import InvalidInput
 
     if samples and not task:
@@ -67,20 +65,24 @@ def merge(
     if rank is not None:
         options["rank"] = rank
     joined = name or _common_name(addresses)
-    suites = suites_for(task, 0, samples)
-    versions, _ = plan_merge(addresses, joined, method, options, greedy, suites, evaluate, promote)
-    connect_flows()  # what needs no server has come first
-    with live_progress():
-        merging = merge_adapters(
-            tuple(version.address for version in versions),
-            joined,
-            method,
-            options,
-            greedy=greedy,
-            suites=suites,
-            evaluate=evaluate,
-            promote_to=promote,
-        )
+    with whole("The merge", "nothing was registered"):
+        from flows.merge_adapters import merge_adapters, plan_merge
+        from flows.suites import suites_for
+
+        suites = suites_for(task, 0, samples)
+        versions, _ = plan_merge(addresses, joined, method, options, greedy, suites, evaluate, promote)
+        connect_flows()  # what needs no server has come first
+        with live_progress():
+            merging = merge_adapters(
+                tuple(version.address for version in versions),
+                joined,
+                method,
+                options,
+                greedy=greedy,
+                suites=suites,
+                evaluate=evaluate,
+                promote_to=promote,
+            )
     if as_json:
         print_json(merging)
     else:

@@ -45,29 +45,14 @@ def live_progress() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(what: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM within it say that what is done is kept; a training within it says more precisely where it is.
+def resumable(
+    what: str, kept: str = "what is done is kept", remedy: str = "The same command goes on from there."
+) -> Iterator[None]:
+    """Ctrl-C and SIGTERM within it say what is kept; a training within it says more precisely where it is.
 
     Raises:
         Interrupted: it was stopped.
     """
-    with _told_of_its_stop(f"{what} was stopped; what is done is kept.", "The same command goes on from there."):
-        yield
-
-
-@contextmanager
-def whole(what: str, left: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM within it say what is `left` of a piece of work that is done whole or not at all.
-
-    Raises:
-        Interrupted: it was stopped.
-    """
-    with _told_of_its_stop(f"{what} was stopped; {left}.", "Run the same command again."):
-        yield
-
-
-@contextmanager
-def _told_of_its_stop(what: str, remedy: str) -> Iterator[None]:
     from infra.errors import Interrupted
 
     def stop(number: int, frame: object) -> None:
@@ -77,9 +62,20 @@ def _told_of_its_stop(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(what, remedy) from None
+        raise Interrupted(f"{what} was stopped; {kept}.", remedy) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def whole(what: str, left: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM within it say what is `left` of a piece of work that is done whole or not at all.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    with resumable(what, left, "Run the same command again."):
+        yield
 
 
 @contextmanager

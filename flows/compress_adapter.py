@@ -15,7 +15,17 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from flows.attached import attached, base_of
-from flows.derived import Measured, better, drawn, measured, register_derived, stored_adapter, suites_of
+from flows.derived import (
+    Asked,
+    Measured,
+    better,
+    drawn,
+    measured,
+    register_derived,
+    registered,
+    stored_adapter,
+    suites_of,
+)
 from flows.evaluate_adapter import run_suite
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
@@ -29,12 +39,13 @@ from registry import AdapterRegistry
 from registry.addresses import adapter_name, alias_name
 from registry.attachments import MIGRATION_KIT
 from registry.records import Parent, VersionRecord
-from training.compression.adapter import Compressed, compressed, dense_bytes
+from training.compression.adapter import Compressed, check, compressed, dense_bytes, is_plain_lora
 from training.compression.steps import Steps, read_steps
 from training.compression.stored import write_compressed
 from training.data.example import fingerprint
 from training.evaluation.suite import Suite
 from training.merging.adapter import Adapter
+from training.methods.contract import TENSORS_FILE
 from training.migration.gate import Standing
 from training.shared_bases import shared_bases
 
@@ -68,7 +79,7 @@ class Form(BaseModel):
 
     Attributes:
         steps: how it is compressed.
-        size_bytes: of the file.
+        size_bytes: of the file of its tensors.
         ratio: how many times smaller than all its numbers in bfloat16.
         values: what it measures on each suite's validation items.
         passed: whether these are within the allowed loss.
@@ -86,9 +97,10 @@ class Form(BaseModel):
 
 
 class Compression(BaseModel):
-    """What a compression made; no address where no form is within the allowed loss.
+    """What a compression made; no address where no form within the allowed loss is smaller than the version is.
 
-    `passed` says whether the one that was chosen by validation items is within it on the suites themselves, too.
+    Sizes are those of the files of tensors. `passed` says whether the form that was chosen by validation items is
+    within the allowed loss on the suites themselves, too.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -115,7 +127,7 @@ class CompressionPlan:
     source: VersionRecord
     name: str
     walk: tuple[Steps, ...]
-    suites: tuple[Suite, ...]
+    asked: tuple[Asked, ...]
     allowed_loss: float
 
 
@@ -131,7 +143,8 @@ def compress_adapter(
 ) -> Compression:
     """Find the smallest form of a version within the allowed loss, register it, and measure it beside the version.
 
-    Forms are judged on the suites' validation split, so that their test split has chosen nothing.
+    None is registered that is no smaller than the version is. Forms are judged on the suites' validation split, so that
+    their test split has chosen nothing.
 
     Args:
         address: the version to compress.
@@ -153,13 +166,15 @@ def compress_adapter(
     with shared_bases():
         with base_of(source) as base:
             adapter = stored_adapter(source, base)
-        validation = drawn(_validation(plan.suites, samples), source)
+        validation = drawn(plan.asked, split="validation", samples=samples, name=None)
         before, forms = _walk(plan, adapter, validation)
-        version, found = None, []
-        chosen = min((form for form in forms if form.passed), key=lambda form: form.size_bytes, default=None)
+        version, found, source_bytes = None, [], _size(source)
+        smaller = (form for form in forms if form.passed and form.size_bytes < source_bytes)
+        chosen = min(smaller, key=lambda form: form.size_bytes, default=None)
         if chosen is not None:
             version = _register(plan, adapter, chosen, forms)
-            found = measured(version, [source], drawn(plan.suites, source))
+            with registered(version):
+                found = measured(version, [source], drawn(plan.asked))
     passed = None
     if found:
         passed = all(_within(m.metric, m.parents[0].value, m.child.value, plan.allowed_loss) for m in found)
@@ -170,8 +185,8 @@ def compress_adapter(
         address=version.address if version else None,
         steps=chosen.steps if chosen else None,
         dense_bytes=dense_bytes(adapter.tensors),
-        source_bytes=source.size_bytes,
-        size_bytes=version.size_bytes if version else None,
+        source_bytes=source_bytes,
+        size_bytes=chosen.size_bytes if chosen else None,
         before=before,
         suites=[suite.title for suite in validation],
         forms=forms,
@@ -203,15 +218,16 @@ def plan_compression(
     return CompressionPlan(source, adapter_name(name or source.adapter), steps, asked, allowed_loss)
 
 
-def _validation(suites: Sequence[Suite], samples: int) -> list[Suite]:
-    return [suite.model_copy(update={"split": "validation", "samples": samples, "name": None}) for suite in suites]
+def _size(version: VersionRecord) -> int:
+    return (AdapterRegistry().materialise(version.address) / TENSORS_FILE).stat().st_size
 
 
 def _walk(plan: CompressionPlan, adapter: Adapter, suites: Sequence[Prepared]) -> tuple[list[float], list[Form]]:
     """What the version measures, and every form with what it measures, smallest first."""
     dense, source = dense_bytes(adapter.tensors), plan.source
-    is_lora = adapter.kind == "LORA" and not adapter.config.get("use_dora")
-    walk = plan.walk or tuple(map(read_steps, WALK + (WALK_OF_LORAS if is_lora else ())))
+    walk = plan.walk or tuple(map(read_steps, WALK + (WALK_OF_LORAS if is_plain_lora(adapter) else ())))
+    for steps in walk:
+        check(adapter, steps)
     stage = Stage(f"compress {source.address}: forms")
     stage(0, len(walk))
     get_settings().runs.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Versions that are made of others without any training: proven to load, registered with their parents, measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from flows.attached import attached, base_of, lent
 from flows.evaluate_adapter import record_result, run_suite
 from flows.suites import Prepared, default_suites, prepare
+from infra.errors import Interrupted, NotFound
 from infra.settings import get_settings
 from registry import AdapterRegistry
-from registry.records import BaseModelRecord, Parent, VersionRecord
+from registry.records import BaseModelRecord, DatasetRecord, Parent, VersionRecord
 from serving.loading import recipe_of
 from training.adapter_files import attach_stored, read_adapter, verify, write_adapter
 from training.base_models import LoadedBase
@@ -46,29 +49,55 @@ class Measured(BaseModel):
     child: Number
 
 
-def suites_of(versions: Sequence[VersionRecord], chosen: Sequence[Suite]) -> tuple[Suite, ...]:
-    """What versions made of these are measured on: `chosen`, else the suites of each one's recipe.
+@dataclass(frozen=True)
+class Asked:
+    """A suite; where it names no task, the data of the version's recipe are meant."""
 
-    A suite of a recipe's own data that come from a file is the first version's alone.
-    """
-    if chosen:
-        return tuple(chosen)
-    found: list[Suite] = []
+    suite: Suite
+    version: VersionRecord
+
+
+def suites_of(versions: Sequence[VersionRecord], chosen: Sequence[Suite]) -> tuple[Asked, ...]:
+    """What versions made of these are measured on: `chosen`, else the suites of each one's recipe."""
+    found: list[Asked] = []
     for version in versions:
         recipe = recipe_of(version)
-        for suite in default_suites(recipe) if recipe else ():
+        for suite in chosen or (default_suites(recipe) if recipe else ()):
             task = recipe.data.task if recipe and suite.data is None else None
             named = suite.model_copy(update={"task": suite.task or task})
-            if named not in found and (named.task or named.data or version is versions[0]):
-                found.append(named)
+            of_its_own = named.task is None and named.data is None
+            if of_its_own or named not in [each.suite for each in found]:
+                found.append(Asked(named, version))
     return tuple(found)
 
 
-def drawn(suites: Sequence[Suite], version: VersionRecord) -> list[Prepared]:
-    """The suites with their items; those of no task mean the data of the version's recipe."""
-    with base_of(version) as base:
+def drawn(asked: Sequence[Asked], **changes: Any) -> list[Prepared]:
+    """The suites with their items, each kind of them once; what differs under one title and metric says whose.
+
+    Args:
+        asked: of versions of one base.
+        changes: to all the suites.
+
+    Raises:
+        NotFound: the data of a version's recipe are no longer there.
+    """
+    with base_of(asked[0].version) as base:
         masked = is_masked_lm(base.model)
-    return [prepare(suite, recipe_of(version), masked) for suite in suites]
+    found: list[Prepared] = []
+    for each in asked:
+        try:
+            suite = prepare(each.suite.model_copy(update=changes), recipe_of(each.version), masked)
+        except NotFound as error:
+            raise NotFound(
+                f"{each.version.address} was to be measured on its own data. {error.what}",
+                "Bring them back, or measure on a built-in task: --task NAME",
+            ) from None
+        if any(replace(suite, title=other.title) == other for other in found):
+            continue
+        if any((suite.title, suite.metric) == (other.title, other.metric) for other in found):
+            suite = replace(suite, title=f"{suite.title} ({each.version.address})")
+        found.append(suite)
+    return found
 
 
 def stored_adapter(version: VersionRecord, base: LoadedBase) -> Adapter:
@@ -112,8 +141,12 @@ def register_made(
     save: Callable[[Path], None],
     parents: Sequence[Parent],
     metrics: Mapping[str, float],
+    dataset: DatasetRecord | None = None,
 ) -> VersionRecord:
-    """Register what `save` writes for a base model, once it is seen to load on it. See `register_derived`."""
+    """Register what `save` writes for a base model, once it is seen to load on it. See `register_derived`.
+
+    `dataset` is what it was trained on, where it was.
+    """
     settings = get_settings()
     settings.runs.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=settings.runs, prefix="adapter-") as scratch:
@@ -141,7 +174,24 @@ def register_made(
             description=description,
             metrics=metrics,
             parents=parents,
+            dataset=dataset,
         )
+
+
+@contextmanager
+def registered(version: VersionRecord) -> Iterator[None]:
+    """Ctrl-C within it says that the version is there already.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Stopped after {version.address} was registered.",
+            f"What may be left: regraft evaluate {version.address}, regraft promote {version.address}",
+        ) from None
 
 
 def measured(version: VersionRecord, parents: Sequence[VersionRecord], suites: Sequence[Prepared]) -> list[Measured]:

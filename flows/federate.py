@@ -16,7 +16,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from flows.derived import Measured, drawn, measured, register_made
+from flows.derived import Asked, Measured, drawn, measured, register_made
 from flows.federation_clients import clients_of
 from flows.federation_plan import FederationPlan, plan_federation
 from flows.reports import report_table
@@ -26,8 +26,9 @@ from infra.errors import RegraftError
 from infra.files import write_whole
 from registry import AdapterRegistry
 from registry.models import VersionState
-from registry.records import Parent
+from registry.records import DatasetRecord, Parent
 from training.checkpoints import exclusive
+from training.data.example import fingerprint
 from training.federation.aggregation import added, aggregated
 from training.federation.client import TRAINING, Clients, folder
 from training.federation.options import FederationOptions
@@ -96,7 +97,8 @@ def federate(recipe: Recipe, options: FederationOptions = FederationOptions(), e
             write_whole(kept, json.dumps([each.model_dump(mode="json") for each in rounds]))
         registry, found = AdapterRegistry(), {}
         if evaluate:
-            prepared = drawn(default_suites(recipe), registry.get(rounds[-1].address))
+            last = registry.get(rounds[-1].address)
+            prepared = drawn([Asked(suite, last) for suite in default_suites(recipe)])
             found = {each.address: measured(registry.get(each.address), [], prepared) for each in rounds}
         _discard(plan.workdir)
     rows = [{"round": each.address, **{m.suite: m.child.value for m in found.get(each.address, [])}} for each in rounds]
@@ -172,7 +174,11 @@ def _register_clients(
         parents = [Parent(before, FURTHER, {"round": number, "examples": examples})] if before else []
         recipe = plan.of_client(client, number).model_copy(update={"migration_kit": None})
         metrics = {"examples": float(examples)}
-        addresses[client] = _register_once(plan, number, recipe, added(whole, adapter), parents, metrics)
+        origin = recipe.data.model_dump(mode="json", exclude_none=True)
+        dataset = DatasetRecord(
+            recipe.data.name, fingerprint(plan.parts[client]), examples, origin, recipe.data.selected
+        )
+        addresses[client] = _register_once(plan, number, recipe, added(whole, adapter), parents, metrics, dataset)
     return addresses
 
 
@@ -183,6 +189,7 @@ def _register_once(
     adapter: Adapter,
     parents: Sequence[Parent],
     metrics: dict[str, float],
+    dataset: DatasetRecord | None = None,
 ) -> str:
     """The address of the version that this is in this round, also where a kill came between making and noting it.
 
@@ -217,6 +224,7 @@ def _register_once(
             lambda directory: write_stored(directory, adapter.config, adapter.tensors),
             parents,
             metrics,
+            dataset,
         ).address
     )
     write_whole(kept, json.dumps(known))

@@ -12,7 +12,17 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from flows.attached import attached, base_of
-from flows.derived import Measured, better, drawn, measured, register_derived, stored_adapter, suites_of
+from flows.derived import (
+    Asked,
+    Measured,
+    better,
+    drawn,
+    measured,
+    register_derived,
+    registered,
+    stored_adapter,
+    suites_of,
+)
 from flows.evaluate_adapter import run_suite
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
@@ -83,8 +93,8 @@ def merge_adapters(
         name: the adapter that the result is a version of.
         method: how, by its name in `training.merging.merge.METHODS`.
         options: of the method.
-        greedy: keep only those adapters whose mean with the better ones helps, judged on the suites' validation split;
-            with method `linear`, without weights.
+        greedy: keep only those adapters whose mean with the better ones helps, judged on the suites' validation split,
+            all suites alike; with method `linear`, without weights.
         suites: to measure on. None given: those of all the versions' recipes.
         evaluate: measure the result and the versions that it is made of.
         promote_to: an alias, moved if its policy allows it.
@@ -98,6 +108,7 @@ def merge_adapters(
     with shared_bases():
         adapters = _read(versions)
         asked = suites_of(versions, suites)
+        prepared = drawn(asked) if evaluate and asked else []
         tasted: tuple[Tasting, ...] = ()
         if greedy:
             merged, chosen, tasted = _soup(versions, adapters, rule, asked)
@@ -105,8 +116,10 @@ def merge_adapters(
             merged, chosen = _merge(versions[0], adapters, rule, name), tuple(adapter.name for adapter in adapters)
         parents = [version for version in versions if version.address in chosen]
         version = _register(name, parents, merged, method, rule, tasted)
-        found = measured(version, parents, drawn(asked, versions[0])) if evaluate and asked else []
-    promotion = promote_adapter(version.address, alias=promote_to) if promote_to else None
+        with registered(version):
+            found = measured(version, parents, prepared)
+    with registered(version):
+        promotion = promote_adapter(version.address, alias=promote_to) if promote_to else None
     report_table(name, "merge", _rows(found, parents, version))
     return Merging(
         address=version.address,
@@ -178,12 +191,12 @@ def _merge(first: VersionRecord, adapters: Sequence[Adapter], rule: MergeMethod,
 
 @task(task_run_name="greedy soup", cache_policy=NO_CACHE)
 def _soup(
-    versions: Sequence[VersionRecord], adapters: Sequence[Adapter], rule: MergeMethod, suites: Sequence[Suite]
+    versions: Sequence[VersionRecord], adapters: Sequence[Adapter], rule: MergeMethod, asked: Sequence[Asked]
 ) -> tuple[Merged, tuple[str, ...], tuple[Tasting, ...]]:
     """Judged on validation items, so that the test items, which decide afterwards, have chosen nothing."""
     assert isinstance(rule, Linear)
     first, count = versions[0], 0
-    validation = drawn([suite.model_copy(update={"split": "validation"}) for suite in suites], first)
+    validation = drawn(asked, split="validation", name=None)
 
     def score(adapter: Adapter) -> float:
         nonlocal count

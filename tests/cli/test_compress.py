@@ -15,9 +15,11 @@ from serving.loading import load
 from tests.cli.conftest import WriteRecipe, run_here
 from tests.cli.test_lifecycle import clean
 from training.base_models import load_base
+from training.methods.contract import TENSORS_FILE
 
 pytestmark = pytest.mark.services
 
+NOTHING = "compeft:density=0.0001"  # keeps no number of so few
 PERPLEXITY = [{"metric": "perplexity", "samples": 24}]
 TRAINING = {"steps": 40, "batch_size": 8, "learning_rate": 0.01, "max_length": 512}
 
@@ -53,13 +55,13 @@ def test_the_smallest_form_within_the_allowed_loss_is_registered_with_its_parent
         "--codec",
         "groups:bits=4",
         "--codec",
-        "compeft:density=0",
+        NOTHING,
         "--max-loss",
         "0.2",
     )
     sizes = {form["steps"]: form["size_bytes"] for form in found["forms"]}
     passed = [form["steps"] for form in found["forms"] if form["passed"]]
-    assert "compeft:density=0,alpha=0.5" not in passed and found["steps"] == min(passed, key=lambda line: sizes[line])
+    assert f"{NOTHING},alpha=0.5" not in passed and found["steps"] == min(passed, key=lambda line: sizes[line])
     assert found["size_bytes"] < found["source_bytes"]
     version = AdapterRegistry().get(found["address"])
     (edge,) = AdapterRegistry().lineage(version.address).edges
@@ -107,11 +109,58 @@ def test_a_lower_rank_comes_first_where_that_is_asked_for(source: str) -> None:
 def test_where_no_form_is_good_enough_nothing_is_registered(source: str) -> None:
     name = source.partition("@")[0]
     before = len(AdapterRegistry().versions(name))
-    found = compress(source, "--codec", "compeft:density=0", "--max-loss", "0", code=7)
+    found = compress(source, "--codec", NOTHING, "--max-loss", "0", code=7)
     assert found["address"] is None and found["passed"] is None
     assert len(AdapterRegistry().versions(name)) == before
-    told = run_here("compress", source, "--codec", "compeft:density=0", "--max-loss", "0")
-    assert told.code == 7 and "nothing was registered" in told.out
+    told = run_here("compress", source, "--codec", NOTHING, "--max-loss", "0")
+    assert told.code == 7 and "no form is within the allowed loss; nothing was registered" in " ".join(told.out.split())
+
+
+def test_what_would_be_no_smaller_is_not_registered(source: str) -> None:
+    small = compress(source, "--codec", "groups:bits=4", "--max-loss", "1")["address"]
+    name = source.partition("@")[0]
+    before = len(AdapterRegistry().versions(name))
+    for line in ("groups:bits=4", "groups:bits=8"):  # the same once more, and a larger one
+        found = compress(small, "--codec", line, "--max-loss", "1", code=7)
+        (form,) = found["forms"]
+        assert form["passed"] and form["size_bytes"] >= found["source_bytes"]
+        assert found["address"] is None and found["size_bytes"] is None
+    told = run_here("compress", small, "--codec", "groups:bits=8", "--max-loss", "1")
+    assert told.code == 7 and "nothing to gain" in told.out and "✓" not in told.out
+    assert len(AdapterRegistry().versions(name)) == before
+
+
+def test_sizes_are_of_the_files_of_tensors(source: str) -> None:
+    found = compress(source, "--codec", "groups:bits=8", "--max-loss", "1")
+    sizes = [
+        (AdapterRegistry().materialise(address) / TENSORS_FILE).stat().st_size for address in (source, found["address"])
+    ]
+    assert (
+        sizes
+        == [found["source_bytes"], found["size_bytes"]]
+        == [found["source_bytes"], found["forms"][0]["size_bytes"]]
+    )
+
+
+@pytest.mark.parametrize("stopped_in", ["cli.session.connect_flows", "flows.compress_adapter.stored_adapter"])
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    stopped_in: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped_in, stops)
+    stopped = run_here("compress", source)
+    assert stopped.code == 130 and "The compression was stopped; what is done is kept." in stopped.err
+
+
+def test_ctrl_c_while_it_is_measured_says_what_is_registered(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.compress_adapter.measured", stops)
+    stopped = run_here("compress", source, "--codec", "groups:bits=8", "--max-loss", "1", "--as", "pressed-halted")
+    assert stopped.code == 130 and "Stopped after pressed-halted@1 was registered." in stopped.err
 
 
 @pytest.mark.parametrize("method", ["ia3", "full", "composable-sft", "hydra", "dora"])
@@ -124,11 +173,23 @@ def test_every_kind_of_adapter_can_be_compressed(method: str, write_recipe: Writ
     torch.testing.assert_close(logits(found["address"]), logits(address), atol=0.1, rtol=0.1)
 
 
+def test_a_rank_is_cut_of_plain_loras_alone(write_recipe: WriteRecipe) -> None:
+    for method in ("paca", "dora"):
+        recipe = write_recipe(f"uncut-{method}", method=method)
+        address = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
+        refused = run_here("compress", address, "--codec", "groups:bits=4", "--codec", "low_rank:rank=1+groups:bits=8")
+        told = " ".join(refused.err.split())
+        assert refused.code == 2 and f"{address} is no plain LoRA" in told and "--codec groups:bits=8" in told
+        assert not AdapterRegistry().evaluations(address)
+
+
 def test_refusals_come_before_any_work(source: str) -> None:
     for codec, told in {
         "grups:bits=4": "Did you mean 'groups'",
         "groups:bits=3": "give 2, 4 or 8",
-        "compeft:density=2": "density",
+        "compeft:density=2": "Forms: compeft:density=0.1",
+        "compeft:density=0": "greater than 0",
+        "nope": "codebook:bits=2",
         "low_rank:rank=4": "makes no bytes",
     }.items():
         refused = run_here("compress", source, "--codec", codec)

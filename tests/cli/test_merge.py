@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from training.adapter_files import attach_stored
 from training.base_models import load_base
 
 pytestmark = pytest.mark.services
+PERPLEXITY = [{"metric": "perplexity"}]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,85 @@ def test_a_greedy_soup_is_no_worse_on_what_chose_it(versions: list[str]) -> None
     assert set(told["of"]) <= parents
 
 
+@pytest.fixture(scope="module")
+def of_files(versions: list[str], write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three versions on that Llama, trained on files: two of one adapter whose file has changed between them."""
+    found = []
+    for name, told in (("merge-f", "a"), ("merge-f", "b"), ("merge-h", "c")):
+        file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+        rows = [{"prompt": f"{told} {number}", "completion": told} for number in range(60)]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        recipe = write_recipe(name, base="merge-llama", data={"file": str(file)}, evaluation=PERPLEXITY)
+        trained = json.loads(clean(run_here("train", str(recipe), "--no-kit", "--json")))
+        found.append(trained["address"])
+    return found
+
+
+def test_each_is_measured_on_the_data_of_every_one_in_whatever_order(of_files: list[str]) -> None:
+    for addresses in (of_files, of_files[::-1]):
+        told = json.loads(clean(run_here("merge", *addresses, "--as", "files", "--json")))
+        later = of_files[1] if addresses == of_files else of_files[0]
+        suites = {each["suite"] for each in told["measured"]}
+        assert suites == {"merge-f/test", "merge-h/test", f"merge-f/test ({later})"}
+        assert all(len(each["parents"]) == 3 for each in told["measured"])
+        fingerprints = {e.dataset_fingerprint for e in AdapterRegistry().evaluations(told["address"])}
+        assert len(fingerprints) == 3
+
+
+def test_the_same_data_are_measured_once_and_what_is_gone_is_told_before_any_work(
+    of_files: list[str], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "d {number}", "completion": "d"}}\n' for number in range(60)))
+    both = [*PERPLEXITY, {"metric": "exact_match", "max_new_tokens": 2}]
+    same = [
+        json.loads(clean(run_here("train", str(recipe), "--no-kit", "--no-evaluate", "--json")))["address"]
+        for recipe in (
+            write_recipe("merge-i", base="merge-llama", seed=seed, data={"file": str(file)}, evaluation=both)
+            for seed in (0, 1)
+        )
+    ]
+    told = json.loads(clean(run_here("merge", *same, "--json")))
+    assert [(each["suite"], each["metric"]) for each in told["measured"]] == [
+        ("merge-i/test", "perplexity"),
+        ("merge-i/test", "exact_match"),
+    ]
+    file.unlink()
+    before = len(AdapterRegistry().versions("merge-i"))
+    refused = run_here("merge", of_files[0], same[0], "--as", "merge-i")
+    assert refused.code == 3 and f"{same[0]} was to be measured on its own data" in " ".join(refused.err.split())
+    assert "--task NAME" in refused.err and len(AdapterRegistry().versions("merge-i")) == before
+
+
+def test_a_greedy_soup_is_chosen_by_the_data_of_every_one_in_whatever_order(of_files: list[str]) -> None:
+    scores = []
+    for addresses in (of_files, of_files[::-1]):
+        told = json.loads(clean(run_here("merge", *addresses, "--as", "soup", "--greedy", "--no-evaluate", "--json")))
+        scores.append({each["ingredients"][0]: each["score"] for each in told["tasted"][:3]})
+    assert scores[0] == pytest.approx(scores[1]) and scores[0].keys() == set(of_files)
+    assert len(set(scores[0].values())) == 3, "of perplexity no two are equal"
+
+
+@pytest.mark.parametrize(
+    ("stopped_in", "told"),
+    [
+        ("cli.session.connect_flows", "The merge was stopped; nothing was registered."),
+        ("flows.merge_adapters.stored_adapter", "The merge was stopped; nothing was registered."),
+        ("flows.merge_adapters.measured", "Stopped after halted@1 was registered."),
+    ],
+)
+def test_ctrl_c_says_what_there_is(
+    stopped_in: str, told: str, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped_in, stops)
+    stopped = run_here("merge", *versions, "--as", "halted")
+    assert stopped.code == 130 and told in stopped.err
+    assert AdapterRegistry().has_adapter("halted") == ("halted@1" in told)
+
+
 def test_a_merged_version_attaches_as_any_other_and_cannot_be_trained_by_its_recipe(versions: list[str]) -> None:
     told = json.loads(clean(run_here("merge", *versions, "--as", "all", "--method", "ties", "--no-evaluate", "--json")))
     loaded = load(told["address"])
@@ -124,6 +205,7 @@ def test_refusals_come_before_any_work_and_register_nothing(
         ("merge", a, other, "--method", "tis"): "ties",
         ("merge", a, other, "--weight", "1"): "1 weights are given for 2",
         ("merge", a, other, "--set", "densty=1", "--method", "ties"): "density",
+        ("merge", a, other, "--set", "density=2", "--method", "ties"): "See: regraft methods merging",
         ("merge", a, other, "--weight", "nan", "--weight", "1"): "weights",
         ("merge", a, other, "--method", "ties", "--greedy"): "soup",
         ("merge", a, other, "--greedy", "--weight", "1", "--weight", "2"): "uniform",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from infra.errors import InvalidInput
 from training.compression.steps import CODECS, Steps, compress
 from training.merging.adapter import Adapter
 from training.merging.lora import cut
@@ -28,6 +29,20 @@ class Compressed:
     data: bytes
 
 
+def is_plain_lora(adapter: Adapter) -> bool:
+    """Whether there is a rank that can be cut."""
+    return adapter.kind == "LORA" and not adapter.config.get("use_dora")
+
+
+def check(adapter: Adapter, steps: Steps) -> None:
+    """Raise `InvalidInput` where the rank of what is no plain LoRA is to be cut."""
+    if steps.cut is not None and not is_plain_lora(adapter):
+        raise InvalidInput(
+            f"{adapter.name} is no plain LoRA, and low_rank cuts the rank of one.",
+            f"Leave it out: --codec {steps.line.rpartition('+')[2].strip()}",
+        )
+
+
 def compressed(adapter: Adapter, steps: Steps, base: Mapping[str, Tensor]) -> Compressed:
     """The adapter after all steps.
 
@@ -42,6 +57,7 @@ def compressed(adapter: Adapter, steps: Steps, base: Mapping[str, Tensor]) -> Co
     Raises:
         InvalidInput: a step does not go with the adapter.
     """
+    check(adapter, steps)
     config = dict(adapter.config)
     if steps.cut is not None:
         lower = cut(adapter, steps.cut.rank, steps.cut.energy)

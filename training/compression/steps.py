@@ -22,7 +22,7 @@ from training.compression.groups import Groups
 CODECS: dict[str, Codec[Any]] = {codec.name: codec for codec in (ComPEFT(), Codebook(), Groups())}
 LOW_RANK = "low_rank"
 EXAMPLE = "For example: low_rank:rank=4+groups:bits=4"
-FORMS = "Forms: compeft:density=0.1, codebook:bits=2, groups:bits=4, of a LoRA also low_rank:rank=4+ before one of these."
+FORMS = "Forms: compeft:density=0.1, codebook:bits=2, groups:bits=4; of a LoRA also low_rank:rank=4+ before them."
 
 
 class LowRankOptions(Section):

@@ -37,7 +37,7 @@ def merge_method(name: str, options: Mapping[str, Any] | None = None) -> MergeMe
     """
     if name not in METHODS:
         raise InvalidInput(f"There is no merging method '{name}'.", did_you_mean(name, list(METHODS)))
-    return parse(METHODS[name], dict(options or {}), f"merging by {name}")
+    return parse(METHODS[name], dict(options or {}), f"merging by {name}", remedy="See: regraft methods merging")
 
 
 def merge(
