@@ -164,7 +164,8 @@ def _origin(registry: "AdapterRegistry", version: "VersionRecord") -> str:
     edges = [edge for edge in registry.lineage(version.address).edges if edge.child == version.address]
     parents = [f"{edge.parent} ({edge.relation})" for edge in edges]
     data = [version.dataset.name] if version.dataset else []
-    return escape(", ".join([*parents, *data]) or "imported files")
+    unknown = "its recipe's data" if "data" in version.recipe else "imported files"
+    return escape(", ".join([*parents, *data]) or unknown)
 
 
 def _measured(version: "VersionRecord", evaluations: "list[EvaluationRecord]") -> list[tuple[str, ...]]:

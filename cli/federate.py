@@ -65,13 +65,15 @@ def federate(
         if not all(each.strip().isdecimal() and int(each) > 0 for each in ranks.split(",")):
             raise InvalidInput(f"--ranks {ranks}: whole numbers above zero are wanted.", "E.g. --ranks 16,8,4,4")
         said["ranks"] = [int(each) for each in ranks.split(",")]
-    options = parse(FederationOptions, {key: value for key, value in said.items() if value is not None}, "federate")
+    said = {key: value for key, value in said.items() if value is not None}
+    options = parse(FederationOptions, said, "federate", remedy="See: regraft federate --help")
     chosen = load_recipe(recipe, overrides(set_ or []))
-    connect_flows()
-    from flows.federate import federate as run
+    with resumable("The federation"):
+        connect_flows()
+        from flows.federate import federate as run
 
-    with live_progress(), resumable("The federation"):
-        federation = run(chosen, options, evaluate=evaluate)
+        with live_progress():
+            federation = run(chosen, options, evaluate=evaluate)
     print_json(federation) if as_json else _tell(federation)
 
 

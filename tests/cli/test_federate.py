@@ -56,6 +56,11 @@ def test_each_round_is_the_exact_mean_of_what_was_handed_in(recipe: Path) -> Non
     assert told["measured"].keys() == {made["address"] for made in told["rounds"]}
     assert not list(get_settings().runs.glob("federate-*"))
     assert registry.fsck() == []
+    for client, examples in enumerate(told["examples"]):
+        trained_on = [version.dataset for version in registry.versions(f"shared-client-{client}")]
+        assert all(data and (data.name, data.rows) == ("boolean_expressions", examples) for data in trained_on)
+        shown = clean(run_here("adapters", "show", f"shared-client-{client}", width=200))
+        assert "boolean_expressions" in shown and "imported files" not in shown
 
 
 def test_a_client_trains_on_the_base_with_the_global_adapter_in_it(recipe: Path) -> None:
@@ -186,6 +191,15 @@ def test_averaging_factors_says_how_far_off_it_is_and_a_rank_is_kept(recipe: Pat
     assert {module.r["default"] for module in modules if hasattr(module, "r")} == {3}
 
 
+def test_ctrl_c_before_anything_is_done_says_the_same(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.session.connect_flows", stops)
+    stopped = run_here("federate", str(recipe), *SMALL)
+    assert stopped.code == 130 and "The federation was stopped; what is done is kept." in stopped.err
+
+
 def test_refusals(recipe: Path, write_recipe: WriteRecipe) -> None:
     ia3 = write_recipe("shared-ia3", method="ia3")
     for command, told in {
@@ -193,7 +207,15 @@ def test_refusals(recipe: Path, write_recipe: WriteRecipe) -> None:
         (str(recipe), "--set", "training.processes=2"): "a client trains in one process",
         (str(recipe), "--set", f"adapter={'a' * 60}"): "cannot be a name",
         (str(recipe), "--clients", "0"): "clients",
-        (str(recipe), "--clients", "2", "--ranks", "4,2,1"): "3 ranks are given for 2 clients",
+        (
+            str(recipe),
+            "--clients",
+            "2",
+            "--ranks",
+            "4,2,1",
+        ): "3 ranks are given for 2 clients: give one for each at most → See: regraft federate --help",
+        (str(recipe), "--clients", "3"): "A client's rank is 64; the largest that any of the layers can take is 32. → "
+        "Give lower ones, e.g. --ranks 32,32,16",
         (str(recipe), "--least", "11"): "least is 11, but there are 10 clients",
         (str(recipe), "--runner", "ray"): "runner: give 'process' or 'flower'",
         (str(recipe), "--clients", "99"): "40 examples cannot be parted among 99",

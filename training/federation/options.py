@@ -41,7 +41,7 @@ class FederationOptions(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "FederationOptions":
         if "ranks" in self.model_fields_set and len(self.ranks) > self.clients:
-            raise ValueError(f"{len(self.ranks)} ranks are given for {self.clients} clients")
+            raise ValueError(f"{len(self.ranks)} ranks are given for {self.clients} clients: give one for each at most")
         if self.least > self.clients:
             raise ValueError(f"least is {self.least}, but there are {self.clients} clients")
         return self
