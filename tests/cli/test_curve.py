@@ -160,7 +160,8 @@ def test_a_reference_is_a_number_or_a_versions_own_score(recipe: Path) -> None:
     found = curve(recipe, *SMALL, "--reference", trained["address"])
     assert found["curves"][0]["reference"] == trained["evaluations"][0]["value"]
     assert found["reference"] == "curved-goal@1"
-    assert len(AdapterRegistry().evaluations("curved-goal@1")) == 1  # the same items: not measured again
+    measured = [each.metric for each in AdapterRegistry().evaluations("curved-goal@1")]
+    assert len(measured) == len(set(measured))  # the same items: not measured again
 
 
 def test_of_perplexity_less_is_better(recipe: Path) -> None:
@@ -175,7 +176,7 @@ def test_of_perplexity_less_is_better(recipe: Path) -> None:
 
 
 def test_several_bases_start_where_they_are(recipe: Path, tmp_path: Path, base: str) -> None:
-    other = f"path:{save_tiny_llama(tmp_path / 'other', seed=own_seed(__name__) + 1)}"
+    other = f"path:{save_tiny_llama(tmp_path / 'curved-other', seed=own_seed(__name__) + 1)}"
     registered = json.loads(clean(run_here("base", "add", base, "--json")))["name"]
     found = curve(recipe, *SMALL, "--base", registered, "--base", other, "--seeds", "1")
     first, second = found["curves"]

@@ -110,7 +110,7 @@ def test_pieces_of_evaluation_items_and_near_copies_are_left_out(pool: Path, tmp
 
 
 def test_what_a_base_model_finds_least_surprising_is_kept(pool: Path, tmp_path: Path) -> None:
-    base = save_tiny_llama(tmp_path / "llama", seed=own_seed(__name__))
+    base = save_tiny_llama(tmp_path / "data-llama", seed=own_seed(__name__))
     selected = select(pool, "--method", "perplexity", "--base", f"path:{base}", "--share", "0.25", "--as", "plain")
     assert selected["rows"] == 118 // 4
 
@@ -125,7 +125,7 @@ def test_a_recipe_trains_on_it_and_is_linked(tmp_path: Path, regraft_home: Path)
     recipe = tmp_path / "recipe.yaml"
     content = {
         "adapter": "adding",
-        "base": f"path:{save_tiny_llama(tmp_path / 'llama', seed=own_seed(__name__))}",
+        "base": f"path:{save_tiny_llama(tmp_path / 'data-llama', seed=own_seed(__name__))}",
         "data": {"selected": "additions"},
         "training": {"steps": 2, "batch_size": 2},
         "migration_kit": False,

@@ -51,7 +51,7 @@ def test_a_suite_that_an_encoder_cannot_answer_is_refused_before_training(recipe
 
 
 def test_a_causal_model_learns_plain_text_whole(recipe: Path, tmp_path: Path) -> None:
-    base = save_tiny_llama(tmp_path / "llama", seed=own_seed(__name__))
+    base = save_tiny_llama(tmp_path / "texts-llama", seed=own_seed(__name__))
     more = (
         "--set",
         f"base=path:{base}",

@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_told(
 
 
 def test_a_masked_language_model_is_not_asked_for_texts(project: Path, tmp_path: Path) -> None:
-    masked = save_tiny_masked(tmp_path / "masked", seed=own_seed(__name__))
+    masked = save_tiny_masked(tmp_path / "judged-masked", seed=own_seed(__name__))
     result = run_here("evaluate", f"path:{masked}", "--suite", "summaries")
     assert result.code == 2
     assert "judged by the perplexity of what is hidden; the suite asks for rougeL" in result.err

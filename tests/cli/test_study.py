@@ -146,7 +146,7 @@ def test_a_version_answers_and_an_interrupted_creation_goes_on(
     regraft_home: Path, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     get_settings.cache_clear()
-    base = f"path:{save_tiny_llama(tmp_path / 'base', seed=own_seed(__name__))}"
+    base = f"path:{save_tiny_llama(tmp_path / 'study-base', seed=own_seed(__name__))}"
     recipe = write_recipe("read", base=base)
     clean(run_here("train", str(recipe), "--no-evaluate", "--json"))
     study = tmp_path / "study"
