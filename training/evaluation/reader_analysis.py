@@ -17,7 +17,7 @@ from infra.documents import Section
 from infra.errors import InvalidInput
 from training.evaluation.reader_ratings import Ratings
 from training.evaluation.reader_study import Key, Study, require_intact
-from training.evaluation.statistics import bootstrap_mean
+from training.evaluation.statistics import bootstrap_mean, holm
 
 Table = np.ndarray  # [readers, items, arms] of float64, NaN where nothing was said
 
@@ -234,18 +234,6 @@ def sign_test(wins: int, losses: int) -> float:
     from scipy import stats
 
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of Holm (1979), which bound the chance of any false finding.
-
-    p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), of m p-values in rising order.
-    """
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = least
-    return adjusted
 
 
 def smallest_effect(items: int, tests: int) -> float:

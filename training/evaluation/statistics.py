@@ -177,19 +177,15 @@ def bootstrap_perplexity(
     )
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int, resamples: int = 2000) -> Resampled:
-    """Percentile bootstrap (Efron 1979) of the mean.
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int) -> Resampled:
+    """Percentile bootstrap of the mean.
 
     Args:
         values: one for each example, at least one.
         seed: of the resampling.
-        resamples: how many.
     """
     told = np.asarray(values, dtype=np.float64)
-    chosen = np.random.default_rng(seed).integers(0, len(told), (resamples, len(told)))
-    means = told[chosen].mean(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Resampled(float(low), float(high), float(means.std(ddof=1)))
+    return spread(bootstrap(lambda chosen: float(told[chosen].mean()), len(told), seed))
 
 
 def sign_flip_test(differences: Sequence[float], seed: int, resamples: int = 9999) -> float:

@@ -12,7 +12,6 @@ from training.evaluation.reader_analysis import (
     Difference,
     Findings,
     analyse,
-    holm,
     krippendorff_alpha,
     sign_test,
     signed_rank_test,
@@ -136,13 +135,6 @@ def test_the_signed_rank_test_is_that_of_all_assignments_of_signs() -> None:
 def test_the_sign_test_is_exact() -> None:
     assert sign_test(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
     assert sign_test(0, 0) == 1.0
-
-
-def test_holms_correction_is_that_of_the_textbook() -> None:
-    """The example of Holm's step-down with p = 0.01, 0.04, 0.03, 0.005."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_alpha_is_that_of_krippendorffs_own_example() -> None:
