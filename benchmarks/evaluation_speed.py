@@ -18,8 +18,8 @@ from infra.settings import get_settings
 from training.base_models import LoadedBase, load_base
 from training.data.prompting import PromptFormat
 from training.device import base_dtype, best_device
-from training.evaluation.evaluate import SPARE_TOKENS, end_tokens
-from training.evaluation.generation import greedy_answers
+from training.evaluation.evaluate import SPARE_TOKENS
+from training.evaluation.generation import end_tokens, greedy_answers
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.prompt_cache import judging
 from training.tasks.catalog import get_task

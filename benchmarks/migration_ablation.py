@@ -35,8 +35,7 @@ from benchmarks.table import insert
 from training.base_models import LoadedBase, load_base
 from training.data.example import Example
 from training.data.prompting import PromptFormat
-from training.evaluation.evaluate import end_tokens
-from training.evaluation.generation import greedy_answers
+from training.evaluation.generation import end_tokens, greedy_answers
 from training.methods.borrowing import borrowed
 from training.migration.choosing import choose
 from training.migration.kit import Kit, build_kit, load_discriminator

@@ -17,8 +17,7 @@ from training.adapter_files import attach_stored
 from training.base_models import LoadedBase, load_base
 from training.data.prompting import PromptFormat
 from training.device import base_dtype, best_device
-from training.evaluation.evaluate import end_tokens
-from training.evaluation.generation import greedy_answers
+from training.evaluation.generation import end_tokens, greedy_answers
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted
 from training.objectives.of_model import is_masked_lm

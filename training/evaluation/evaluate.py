@@ -11,10 +11,9 @@ from infra.errors import InvalidInput
 from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
 from training.evaluation.calibration import CALIBRATION_ERRORS, brier_score, softmax
-from training.evaluation.generation import greedy_answers
+from training.evaluation.generation import end_tokens, greedy_answers
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.masked import masked_losses
-from training.evaluation.prompt_cache import plain_model
 from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare, of_losses, scored
 from training.evaluation.suite import GENERATED, Generated, Metric
 from training.evaluation.text_metrics import text_scores
@@ -199,13 +198,3 @@ def _judged(metric: Generated, examples: Sequence[Example], answers: Sequence[st
         return accuracy(metric, right, (), seconds=0.0, dataset_fingerprint=items)
     found = text_scores(metric, answers, [[example.completion] for example in examples])
     return scored(metric, found.of_items, found.components, (), seconds=0.0, dataset_fingerprint=items)
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> set[int]:
-    """Everything that ends an answer: the tokenizer's and the model's end of text, and the format's end mark."""
-    of_model = getattr(getattr(plain_model(model), "generation_config", None), "eos_token_id", None)
-    of_mark = tokenizer(form.end_mark, add_special_tokens=False)["input_ids"] if form else []
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    if len(of_mark) == 1:
-        ends.update(of_mark)
-    return {end for end in ends if end is not None}

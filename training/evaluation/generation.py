@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.evaluation.prompt_cache import Ids, PromptCache, in_batches, judging
+from training.data.prompting import PromptFormat
+from training.evaluation.prompt_cache import Ids, PromptCache, in_batches, judging, plain_model
+
+
+def end_tokens(model: nn.Module, tokenizer: Any, form: PromptFormat | None = None) -> set[int]:
+    """Everything that ends an answer: the tokenizer's and the model's end of text, and the format's end mark."""
+    of_model = getattr(getattr(plain_model(model), "generation_config", None), "eos_token_id", None)
+    of_mark = tokenizer(form.end_mark, add_special_tokens=False)["input_ids"] if form else []
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    if len(of_mark) == 1:
+        ends.update(of_mark)
+    return {end for end in ends if end is not None}
 
 
 def greedy_answers(

@@ -11,8 +11,8 @@ from torch import nn
 from infra.errors import InvalidInput
 from training.data.example import Example
 from training.data.prompting import PromptFormat
-from training.evaluation.evaluate import SPARE_TOKENS, end_tokens
-from training.evaluation.generation import greedy_answers
+from training.evaluation.evaluate import SPARE_TOKENS
+from training.evaluation.generation import end_tokens, greedy_answers
 
 CHUNK = 64  # inputs whose answers are stored together
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from infra.errors import InvalidInput, RegraftError
 from infra.files import write_whole
-from training.evaluation.evaluate import end_tokens
+from training.evaluation.generation import end_tokens
 from training.evaluation.prompt_cache import plain_model
 from training.evaluation.sampling import Unfinished, sampled
 from training.migration.listing import listing, parse
