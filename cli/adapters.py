@@ -169,10 +169,10 @@ def _origin(registry: "AdapterRegistry", version: "VersionRecord") -> str:
 
 
 def _measured(version: "VersionRecord", evaluations: "list[EvaluationRecord]") -> list[tuple[str, ...]]:
-    """The newest number of each suite and metric; calibration is left to `regraft evaluate` and --json."""
-    from registry.policy import CALIBRATION
+    """The newest number of each suite and metric; what comes beside is left to `regraft evaluate` and --json."""
+    from registry.policy import BESIDE
 
-    newest = {(e.suite, e.metric): e for e in sorted(evaluations, key=lambda e: e.at) if e.metric not in CALIBRATION}
+    newest = {(e.suite, e.metric): e for e in sorted(evaluations, key=lambda e: e.at) if e.metric not in BESIDE}
     rows: list[tuple[str, ...]] = []
     for (suite, metric), e in sorted(newest.items()):
         value, _, interval = measured(metric, e.value, e.low, e.high).partition(" [")

@@ -37,7 +37,8 @@ def evaluate(
 
     What is measured is the recipe's suites, or what --task or --suite name.
     A suite file says data, metrics (exact match, multiple choice, perplexity,
-    ROUGE, BLEU, chrF, BERTScore, token F1) and buckets of prompt length.
+    ROUGE, BLEU, chrF, BERTScore, token F1, pass@K of programs that are run)
+    and buckets of prompt length.
 
     With --against and --forgetting each suite is tested item by item: exact
     McNemar where items are right or wrong, else a paired bootstrap. p-values

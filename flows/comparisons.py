@@ -106,17 +106,12 @@ def _results(address: str, drawn: Sequence[Prepared], adapter: LoadedAdapter | N
         if not wanted <= set(known):
             adapter = adapter or load(address)
             known = _by_title_and_metric(measure_and_record(adapter, suite))
-        results |= {key: known[key] for key in known if key in wanted}
+        results |= {key: known[key] for key in known if key in wanted}  # not what comes beside unasked: calibration
     return results
 
 
 def _by_title_and_metric(results: dict[str, EvaluationResult]) -> Results:
-    """Of each title its own metric and those that were asked for beside it; calibration is not compared."""
-    return {
-        (title, each.metric): each
-        for title, result in results.items()
-        for each in (result, *(result.beside if result.metric != "multiple_choice" else ()))
-    }
+    return {(title, each.metric): each for title, result in results.items() for each in (result, *result.beside)}
 
 
 def _recorded(evaluations: Sequence[EvaluationRecord], suite: Prepared) -> Results:

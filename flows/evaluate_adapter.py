@@ -180,6 +180,7 @@ def run_suite(stage_name: str, model: Any, tokenizer: Any, suite: Prepared) -> E
             shots=suite.shots,
             prompt_format=PromptFormat(tokenizer, suite.instruction),
             max_new_tokens=suite.max_new_tokens,
+            sampling=suite.sampling,
             on_progress=stage,
         )
 

@@ -12,7 +12,7 @@ from infra.errors import InvalidInput
 from training.data.example import Example
 from training.data.sampling import sample
 from training.data.sources import DataSource, Fractions, load_held_out, load_splits, read_examples
-from training.evaluation.suite import Generated, Metric, Suite
+from training.evaluation.suite import Generated, Metric, PassAt, Sampling, Suite, pass_at
 from training.evaluation.suite_files import suite_files, suites_called
 from training.recipe import Recipe
 from training.tasks.catalog import CATALOG, get_task
@@ -35,7 +35,8 @@ class Prepared:
     shots: tuple[Example, ...]
     instruction: str
     max_new_tokens: int | None
-    also: tuple[Generated, ...] = ()
+    also: tuple[Generated | PassAt, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -151,8 +152,8 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False, held_out:
         held_out: of the recipe's own data no more may be read than the split; no solved examples are shown then.
 
     Raises:
-        InvalidInput: the suite names no task and there is no recipe whose data it could mean, or the data have no
-            such split.
+        InvalidInput: the suite names no task and there is no recipe whose data it could mean, the data have no such
+            split, or programs are asked for where none are run.
     """
     if suite.task is not None:
         task = get_task(suite.task)
@@ -177,7 +178,14 @@ def prepare(suite: Suite, recipe: Recipe | None, masked: bool = False, held_out:
                 f"The data of '{recipe.adapter}' have no {suite.split} examples to evaluate on.",
                 f"Add data.{suite.split} (a file) or data.sizes.{suite.split} to the recipe.",
             )
-    return Prepared(title(suite, recipe), metric, examples, shots, instruction, suite.max_new_tokens, suite.also or ())
+    also = suite.also or ()
+    if suite.programs and not pass_at((metric, *also)):
+        raise InvalidInput(
+            f"Suite '{title(suite, recipe)}' wants {suite.programs} programs an item, but measures {metric}.",
+            "Write metric: pass@K into it, or leave out programs.",
+        )
+    sampling = Sampling(suite.programs, suite.temperature, suite.seed)
+    return Prepared(title(suite, recipe), metric, examples, shots, instruction, suite.max_new_tokens, also, sampling)
 
 
 def _examples(suite: Suite, recipe: Recipe, held_out: bool) -> tuple[Sequence[Example], tuple[Example, ...]]:

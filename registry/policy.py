@@ -16,6 +16,8 @@ from pydantic import Field, FiniteFloat, model_validator
 from infra.documents import Section, parse, read_yaml, spread_defaults
 
 CALIBRATION = ("ece", "ece_equal_mass", "brier")  # measured beside multiple choice
+NEARNESS = ("exact_program", "abstracted_match", "edit_similarity", "parses")  # measured beside pass@K
+BESIDE = (*CALIBRATION, *NEARNESS)
 LOWER_IS_BETTER = ("perplexity", "loss", *CALIBRATION)
 
 
@@ -23,8 +25,8 @@ class SuitePolicy(Section):
     """What is asked on one suite. A candidate must pass every line of it.
 
     All values are in the metric's own unit (accuracy 0–1, perplexity, …). Without a metric the newest number of the
-    suite decides, which is the suite's own: what is measured beside that is recorded first. Calibration decides only
-    where it is named. Against the current holder of the alias:
+    suite decides, which is the suite's own: what is measured beside that is recorded first. Calibration and how
+    near programs are decide only where they are named. Against the current holder of the alias:
 
     - `max_regression` caps the measured loss: pass if (holder − candidate) ≤ max_regression, with the sign turned where
       lower is better. It asks for "not worse", by the numbers as they were measured.
@@ -57,7 +59,7 @@ class SuitePolicy(Section):
 
     def fits(self, suite: str, metric: str) -> bool:
         """Whether a number of that suite and metric is the one that this line is about."""
-        wanted = metric not in CALIBRATION if self.metric is None else metric == self.metric
+        wanted = metric not in BESIDE if self.metric is None else metric == self.metric
         return suite == self.suite and wanted
 
     def improves_upwards(self, metric: str) -> bool:

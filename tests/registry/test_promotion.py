@@ -245,6 +245,17 @@ def test_without_a_metric_the_suites_own_number_decides_and_not_what_was_measure
     assert calibration.passed  # lower is better
 
 
+def test_how_near_programs_are_decides_only_where_it_is_named() -> None:
+    newest_first = [measured(0.7, metric="pass@1", id=2), measured(0.1, metric="parses", id=1)]
+    policy = Policy(suites=(SuitePolicy(suite="counting", minimum=0.6),))
+    verdict = decide(policy, candidate="c@1", alias="production", measured=newest_first)
+    assert verdict.passed and verdict.evaluations == (2,)
+    alone = decide(policy, candidate="c@1", alias="production", measured=newest_first[1:])
+    assert not alone.passed and alone.evaluations == ()
+    by_name = Policy(suites=(SuitePolicy(suite="counting", metric="parses", minimum=0.6),))
+    assert not decide(by_name, candidate="c@1", alias="production", measured=newest_first).passed
+
+
 def test_what_was_not_measured_does_not_pass() -> None:
     assert not judged({"metric": "f1"}, measured(1.0)).passed
 

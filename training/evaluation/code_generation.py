@@ -22,11 +22,17 @@ from training.evaluation.code_metrics import (
     parses,
     pass_at_k,
 )
-from training.evaluation.evaluate import end_tokens
-from training.evaluation.result import EvaluationResult
+from training.evaluation.generation import end_tokens, greedy_answers
+from training.evaluation.result import EvaluationResult, accuracy, scored
 from training.evaluation.sampling import sampled
 from training.evaluation.sandbox import Limits, judge_programs, strongest_isolation
-from training.evaluation.statistics import bootstrap_mean
+
+NEARNESS: dict[str, Callable[[str, str], float]] = {
+    "exact_program": exact_match,
+    "abstracted_match": abstracted_match,
+    "edit_similarity": edit_similarity,
+    "parses": lambda program, _: parses(program),
+}
 
 
 class CodeItem(BaseModel):
@@ -36,6 +42,8 @@ class CodeItem(BaseModel):
         programs: the code of each sample.
         statuses: of each, as `training.evaluation.sandbox.Verdict` names them.
         correct: how many passed.
+        nearness: mean over the samples: `exact_program`, `abstracted_match` and `edit_similarity` to the reference
+            program, and `parses`, each in [0, 1].
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +51,7 @@ class CodeItem(BaseModel):
     programs: tuple[str, ...]
     statuses: tuple[str, ...]
     correct: int
+    nearness: dict[str, float]
 
 
 class CodeResult(BaseModel):
@@ -51,8 +60,6 @@ class CodeResult(BaseModel):
     Attributes:
         items: one for each example, in order.
         pass_at: k → mean over items of the unbiased estimator of pass@k.
-        nearness: mean over all samples: `exact_match`, `abstracted_match` and `edit_similarity` to the reference
-            program, and `parses`, each in [0, 1].
         isolation: what held the programs.
         seconds: how long it took.
         dataset_fingerprint: of the examples.
@@ -62,7 +69,6 @@ class CodeResult(BaseModel):
 
     items: tuple[CodeItem, ...]
     pass_at: dict[int, float]
-    nearness: dict[str, float]
     isolation: str
     seconds: float
     dataset_fingerprint: str
@@ -72,23 +78,28 @@ class CodeResult(BaseModel):
         """How many samples came to which end."""
         return dict(Counter(status for item in self.items for status in item.statuses).most_common())
 
-    def as_evaluation(self, k: int) -> EvaluationResult:
-        """pass@k with its 95 % bootstrap interval over items; of one sample each, also right and wrong item by item."""
-        values = [pass_at_k(len(item.statuses), item.correct, k) for item in self.items]
-        interval = bootstrap_mean(values, seed=0)
-        single = all(len(item.statuses) == 1 for item in self.items)
-        return EvaluationResult(
-            metric=f"pass@{k}",
-            value=self.pass_at[k],
-            low=interval.low,
-            high=interval.high,
-            stderr=interval.stderr,
-            samples=len(values),
-            outcomes=tuple(item.correct for item in self.items) if single else None,
-            answers=tuple(item.programs[0] for item in self.items),
-            seconds=self.seconds,
-            dataset_fingerprint=self.dataset_fingerprint,
-        )
+    @property
+    def nearness(self) -> dict[str, float]:
+        """Mean over all samples of each measure."""
+        return {name: math.fsum(item.nearness[name] for item in self.items) / len(self.items) for name in NEARNESS}
+
+    def as_evaluation(self, k: int, *also: int) -> EvaluationResult:
+        """pass@k; `beside` it pass@k of other k, and nearness. Intervals are over items.
+
+        Of one sample each, an item is right or wrong, and near or not; of several it has a share.
+        """
+        counts = [(len(item.statuses), item.correct) for item in self.items]
+        passed = {f"pass@{each}": [pass_at_k(n, c, each) for n, c in counts] for each in (k, *also)}
+        near = {name: [item.nearness[name] for item in self.items] for name in NEARNESS}
+        whole, *beside = (self._measured(name, values) for name, values in {**passed, **near}.items())
+        answers = tuple(item.programs[0] for item in self.items)
+        return whole.model_copy(update={"beside": tuple(beside), "answers": answers})
+
+    def _measured(self, name: str, values: Sequence[float]) -> EvaluationResult:
+        of, single = self.dataset_fingerprint, all(len(item.statuses) == 1 for item in self.items)
+        if single and name != "edit_similarity":
+            return accuracy(name, list(map(int, values)), (), seconds=self.seconds, dataset_fingerprint=of)
+        return scored(name, values, (), (), seconds=self.seconds, dataset_fingerprint=of)
 
 
 def evaluate_code(
@@ -103,11 +114,12 @@ def evaluate_code(
     temperature: float = 0.8,
     top_p: float = 0.95,
     max_new_tokens: int,
+    batch_tokens: int = 4096,
     seed: int = 0,
     limits: Limits | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CodeResult:
-    """Sample programs for each example, run them by its tests in the sandbox, and count.
+    """Have programs written for each example, run them by its tests in the sandbox, and count.
 
     Args:
         model: a causal language model, bare or adapted.
@@ -118,57 +130,76 @@ def evaluate_code(
         samples: n of an example.
         at: the k of pass@k, none above n.
         temperature: of the sampling. Chen et al. (arXiv 2107.03374, section 3.3): 0.2 for pass@1, 0.8 for pass@100.
+            0 is greedy, for one sample.
         top_p: of the sampling.
         max_new_tokens: longest answer.
+        batch_tokens: rows × slots of a batch of greedy answers; memory grows with it.
         seed: of the sampling. An example's samples do not hang on the other examples.
         limits: of each program.
         on_progress: told (done, wanted): samples drawn, then programs judged.
 
     Raises:
-        InvalidInput: no examples, one without tests, k above n, or no sandbox on this machine.
+        InvalidInput: no examples, one without tests, k above n, several greedy ones, or no sandbox on this machine.
     """
-    _check(examples, samples, at)
+    _check(examples, samples, at, temperature)
     isolation = strongest_isolation()
     started = time.monotonic()
-    wanted = 2 * samples * len(examples)
-    ends = end_tokens(model, tokenizer, prompt_format)
+    wanted, tell = 2 * samples * len(examples), on_progress or (lambda done, of: None)
+    texts = [prompt_format.prompt(example.prompt, shots) for example in examples]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ends, stops = end_tokens(model, tokenizer, prompt_format), prompt_format.stop_strings
     programs: list[list[str]] = []
-    for number, example in enumerate(examples):
-        ids = tokenizer(prompt_format.prompt(example.prompt, shots), add_special_tokens=False)["input_ids"]
-        drawn = sampled(
+    if temperature == 0:
+        answers = greedy_answers(
             model,
-            ids,
-            samples,
+            tokenizer,
+            prompts,
             max_new_tokens=max_new_tokens,
             ends=ends,
-            temperature=temperature,
-            top_p=top_p,
-            generator=torch.Generator().manual_seed(seed + number),
+            stop_strings=stops,
+            batch_tokens=batch_tokens,
+            on_progress=lambda done, _: tell(done, wanted),
         )
-        programs.append([_program(tokenizer.decode(each.tokens), prompt_format.stop_strings) for each in drawn])
-        if on_progress:
-            on_progress(samples * (number + 1), wanted)
+        programs += [[extracted_code(answer)] for answer in answers]
+    else:
+        for number, ids in enumerate(prompts):
+            drawn = sampled(
+                model,
+                ids,
+                samples,
+                max_new_tokens=max_new_tokens,
+                ends=ends,
+                temperature=temperature,
+                top_p=top_p,
+                generator=torch.Generator().manual_seed(seed + number),
+            )
+            programs.append([_program(tokenizer.decode(each.tokens), stops) for each in drawn])
+            tell(samples * (number + 1), wanted)
     jobs = [
         (program, example.tests) for example, several in zip(examples, programs, strict=True) for program in several
     ]
-    told = (lambda done, of: on_progress(of + done, wanted)) if on_progress else None
-    statuses = [verdict.status for verdict in judge_programs(jobs, limits, isolation, on_progress=told)]
+    verdicts = judge_programs(jobs, limits, isolation, on_progress=lambda done, of: tell(of + done, wanted))
+    statuses = [verdict.status for verdict in verdicts]
     items = tuple(
-        CodeItem(programs=tuple(several), statuses=tuple(own), correct=own.count("passed"))
-        for several, own in zip(programs, _in_groups(statuses, samples), strict=True)
+        CodeItem(
+            programs=tuple(several),
+            statuses=tuple(own),
+            correct=own.count("passed"),
+            nearness=_nearness(example.completion, several),
+        )
+        for example, several, own in zip(examples, programs, _in_groups(statuses, samples), strict=True)
     )
     counts = [(samples, item.correct) for item in items]
     return CodeResult(
         items=items,
         pass_at={k: mean_pass_at_k(counts, k) for k in at},
-        nearness=_nearness(examples, programs),
         isolation=isolation,
         seconds=time.monotonic() - started,
         dataset_fingerprint=fingerprint(examples),
     )
 
 
-def _check(examples: Sequence[Example], samples: int, at: Sequence[int]) -> None:
+def _check(examples: Sequence[Example], samples: int, at: Sequence[int], temperature: float) -> None:
     if not examples:
         raise InvalidInput("There are no examples to evaluate on.", "Give a data set with at least one example.")
     for number, example in enumerate(examples, start=1):
@@ -182,6 +213,8 @@ def _check(examples: Sequence[Example], samples: int, at: Sequence[int]) -> None
             f"pass@{max(at, default=0)} cannot be told from {samples} samples.",
             "Draw at least as many as the largest k.",
         )
+    if temperature == 0 and samples > 1:
+        raise InvalidInput(f"{samples} greedy programs are one and the same.", "Draw them with a temperature above 0.")
 
 
 def _program(answer: str, stop_strings: Sequence[str]) -> str:
@@ -194,12 +227,8 @@ def _in_groups(items: Sequence[str], size: int) -> list[list[str]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def _nearness(examples: Sequence[Example], programs: Sequence[Sequence[str]]) -> dict[str, float]:
-    pairs = [(program, example.completion) for example, own in zip(examples, programs, strict=True) for program in own]
-    measures: dict[str, Callable[[str, str], float]] = {
-        "exact_match": exact_match,
-        "abstracted_match": abstracted_match,
-        "edit_similarity": edit_similarity,
-        "parses": lambda program, _: parses(program),
+def _nearness(wanted: str, programs: Sequence[str]) -> dict[str, float]:
+    return {
+        name: math.fsum(measure(program, wanted) for program in programs) / len(programs)
+        for name, measure in NEARNESS.items()
     }
-    return {name: math.fsum(measure(*pair) for pair in pairs) / len(pairs) for name, measure in measures.items()}

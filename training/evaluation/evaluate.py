@@ -1,4 +1,4 @@
-"""Judging a model on examples: exact match, multiple choice, perplexity, nearness of texts."""
+"""Judging a model on examples: exact match, multiple choice, perplexity, nearness of texts, programs that pass."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,17 +11,19 @@ from infra.errors import InvalidInput
 from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
 from training.evaluation.calibration import CALIBRATION_ERRORS, brier_score, softmax
+from training.evaluation.code_generation import evaluate_code
 from training.evaluation.generation import end_tokens, greedy_answers
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.masked import masked_losses
 from training.evaluation.result import EvaluationResult, PairedComparison, accuracy, compare, of_losses, scored
-from training.evaluation.suite import GENERATED, Generated, Metric
+from training.evaluation.suite import Generated, Metric, PassAt, Sampling, of_the_same_answers, pass_at
 from training.evaluation.text_metrics import text_scores
 from training.objectives.of_model import is_masked_lm, objective_of
 
 __all__ = ["EvaluationResult", "PairedComparison", "compare", "evaluate"]
 
 SPARE_TOKENS = 4  # more than the longest wanted answer, so that one which runs on is seen to do so
+PROGRAM_LENGTHS = 2  # times the longest reference program: another one that is right may be longer
 
 
 def evaluate(
@@ -30,10 +32,11 @@ def evaluate(
     examples: Sequence[Example],
     *,
     metric: Metric,
-    also: Sequence[Generated] = (),
+    also: Sequence[Generated | PassAt] = (),
     shots: Sequence[Example] = (),
     prompt_format: PromptFormat,
     max_new_tokens: int | None = None,
+    sampling: Sampling = Sampling(),
     batch_tokens: int = 4096,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
@@ -45,6 +48,8 @@ def evaluate(
       come calibration error and Brier score, with the softmax of the log-likelihoods as probabilities.
     - `perplexity`: exp of the mean negative log-likelihood a token of the completions, end marks included; of plain
       texts, of all tokens but the first; of a masked language model, of those that are hidden, 15 % of each text.
+    - `pass@K`: the probability that of K programs at least one passes the example's tests, see
+      `code_generation.evaluate_code`. Beside it comes how near the programs are to the reference.
     - others: how near the greedy answer comes to the completion, see `text_metrics.text_scores`. The value of `bleu`
       and `chrf` is that of the corpus, of the others the mean of the items.
 
@@ -53,24 +58,27 @@ def evaluate(
         tokenizer: of the base model.
         examples: at least one.
         metric: one of the above.
-        also: further metrics of the same greedy answers; they come `beside` the result.
+        also: further metrics of the same greedy answers, or of the same programs; they come `beside` the result.
         shots: solved examples in front of every question.
         prompt_format: how the model is asked; as it was in training.
-        max_new_tokens: longest answer that is generated. Default: the longest completion and `SPARE_TOKENS` more.
+        max_new_tokens: longest answer that is generated. Default: the longest completion and `SPARE_TOKENS` more; of
+            programs `PROGRAM_LENGTHS` times the longest.
+        sampling: of programs.
         batch_tokens: rows × slots of a batch; memory grows with it.
-        on_progress: told (done, wanted): examples, or choices for multiple_choice.
+        on_progress: told (done, wanted): examples, or choices for multiple_choice, or steps of programs.
 
     Raises:
         InvalidInput: no examples, choices that lack the completion, a text without a completion to compare answers
-            with, prompts too long for the model, or what a masked language model cannot be asked.
+            with, a program without tests, K above the number of programs, prompts too long for the model, or what a
+            masked language model cannot be asked.
     """
     if not examples:
         raise InvalidInput("There are no examples to evaluate on.", "Give a data set with at least one example.")
     check_metric(model, metric, len(shots))
-    if also and metric not in GENERATED:
+    if also and not of_the_same_answers(metric, also):
         raise InvalidInput(
             f"{metric} generates no answers that {', '.join(also)} could be measured on.",
-            f"Leave out 'also', or measure one of {', '.join(GENERATED)}.",
+            "Leave out 'also'; metrics of texts go with each other, and pass@K with pass@K.",
         )
     asked = _Asked(tokenizer, prompt_format, tuple(examples), tuple(shots))
     started, items = time.monotonic(), fingerprint(examples)
@@ -86,12 +94,28 @@ def evaluate(
     elif metric == "multiple_choice":
         found = log_likelihoods(model, asked.choices(), batch_tokens=batch_tokens, on_progress=on_progress)
         result = _chosen(examples, found, items)
+    elif ks := pass_at((metric, *also)):
+        programs, temperature = sampling.of(ks)
+        result = evaluate_code(
+            model,
+            tokenizer,
+            examples,
+            prompt_format=prompt_format,
+            shots=shots,
+            samples=programs,
+            at=ks,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens or PROGRAM_LENGTHS * asked.longest_answer(),
+            batch_tokens=batch_tokens,
+            seed=sampling.seed,
+            on_progress=on_progress,
+        ).as_evaluation(*ks)
     else:
         answers = greedy_answers(
             model,
             tokenizer,
             asked.prompts(),
-            max_new_tokens=max_new_tokens or max(len(ids) for _, ids in asked.answers()) + SPARE_TOKENS,
+            max_new_tokens=max_new_tokens or asked.longest_answer() + SPARE_TOKENS,
             ends=end_tokens(model, tokenizer, prompt_format),
             stop_strings=prompt_format.stop_strings,
             batch_tokens=batch_tokens,
@@ -141,15 +165,15 @@ class _Asked:
                 pairs.append((ids[:1], ids[1:]))
         return pairs
 
-    def answers(self) -> list[tuple[list[int], list[int]]]:
-        """Prompt and completion of each example, none of which may be empty."""
+    def longest_answer(self) -> int:
+        """Tokens of the longest completion, end mark included; no example may be without."""
         for number, example in enumerate(self.examples, start=1):
             if not example.completion:
                 raise InvalidInput(
                     f"Example {number} is plain text: it has no completion to compare an answer with.",
                     "Measure perplexity, or give data with prompts and completions.",
                 )
-        return self.completions()
+        return max(len(completion) for _, completion in self.completions())
 
     def choices(self) -> list[tuple[list[int], list[int]]]:
         """Prompt and choice, example after example, choice after choice."""
@@ -189,7 +213,7 @@ def _chosen(examples: Sequence[Example], scores: Sequence[float], items: str) ->
     return result.model_copy(update={"beside": beside})
 
 
-def _judged(metric: Generated, examples: Sequence[Example], answers: Sequence[str], items: str) -> EvaluationResult:
+def _judged(metric: str, examples: Sequence[Example], answers: Sequence[str], items: str) -> EvaluationResult:
     """What one metric says of generated answers."""
     if metric == "exact_match":
         right = [

@@ -70,7 +70,7 @@ def _tests(rng: random.Random, program: str) -> str:
 TASK = Task(
     name="python_functions",
     description="A Python function from a specification, with hidden tests.",
-    metric="exact_match",
+    metric="pass@1",
     instruction="Answer with the Python function and nothing else.",
     max_completion_tokens=90,
     draw=draw,

@@ -11,7 +11,7 @@ from training.data.content_hash import HASH_RANGE, content_hash, folded
 from training.data.example import Example
 from training.data.splits import SPLITS, Split
 
-Metric = Literal["exact_match", "multiple_choice"]
+Metric = Literal["exact_match", "multiple_choice", "pass@1"]
 
 TRAIN_SHARE = 0.70
 VALIDATION_SHARE = 0.15
@@ -30,7 +30,8 @@ class Task:
     Args:
         name: its name in the catalogue.
         description: one line for a list of tasks.
-        metric: `multiple_choice` where every item has `choices`, `exact_match` where the answer is free text.
+        metric: `multiple_choice` where every item has `choices`, `exact_match` where the answer is free text,
+            `pass@1` where it is a program with `tests`.
         instruction: the sentence that tells a model what to do and how to write the answer. It is kept apart from
             the prompts; `training.data.prompting.PromptFormat` puts it where the model's template wants it.
         max_completion_tokens: enough tokens for any answer, for common tokenizers.

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from infra.errors import InvalidInput
+from registry import policy
 from tests.tiny_models import EOS, tiny_llama, tiny_tokenizer
 from training.data.example import Example
 from training.data.prompting import PromptFormat
-from training.evaluation.code_generation import CodeItem, CodeResult, evaluate_code
-from training.evaluation.code_metrics import pass_at_k
+from training.evaluation.code_generation import NEARNESS, CodeItem, CodeResult, evaluate_code
+from training.evaluation.code_metrics import edit_similarity, pass_at_k
 from training.evaluation.sandbox import Limits, judge_program
+from training.evaluation.statistics import wilson_interval
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
@@ -71,22 +73,49 @@ def test_an_almost_cold_sampling_says_one_thing(taught: tuple[object, object]) -
     result = measured(taught, temperature=0.01)
     assert set(result.items[0].programs) == {PROGRAM}
     assert result.pass_at == {1: 0.5, 3: 0.5}
-    assert result.nearness == {"exact_match": 1, "abstracted_match": 1, "edit_similarity": 1, "parses": 1}
+    assert result.nearness == {"exact_program": 1, "abstracted_match": 1, "edit_similarity": 1, "parses": 1}
 
 
 def test_it_reads_as_any_other_evaluation(taught: tuple[object, object]) -> None:
-    several = measured(taught, temperature=0.01).as_evaluation(1)
-    assert (several.metric, several.value, several.samples, several.outcomes) == ("pass@1", 0.5, 2, None)
-    assert (several.low, several.high) == (0.0, 1.0)
-    single = measured(taught, temperature=0.01, samples=1, at=(1,)).as_evaluation(1)
-    assert single.outcomes == (1, 0)
+    result = measured(taught)
+    several = result.as_evaluation(1, 3)
+    shares = tuple(item.correct / 6 for item in result.items)
+    assert (several.metric, several.value, several.samples, several.outcomes) == ("pass@1", shares[0] / 2, 2, None)
+    assert several.scores == pytest.approx(shares)
+    assert (several.low, several.high) == pytest.approx((0.0, shares[0]))
+    three, *near = several.beside
+    assert (three.metric, three.value) == ("pass@3", result.pass_at[3])
+    assert {each.metric: each.value for each in near} == pytest.approx(result.nearness)
+    for each, example in zip(result.items, ITEMS, strict=True):
+        similar = [edit_similarity(program, example.completion) for program in each.programs]
+        assert each.nearness["edit_similarity"] == pytest.approx(sum(similar) / 6)
+
+
+def test_one_program_each_is_the_greedy_one_and_right_or_wrong(taught: tuple[object, object]) -> None:
+    seen: list[tuple[int, int]] = []
+    result = measured(taught, temperature=0, samples=1, at=(1,), on_progress=lambda *done: seen.append(done))
+    assert [item.programs for item in result.items] == [(PROGRAM,), (PROGRAM,)]
+    assert (seen[0][1], seen[-1]) == (4, (4, 4))
+    single = result.as_evaluation(1)
+    assert (single.value, single.outcomes, single.answers) == (0.5, (1, 0), (PROGRAM, PROGRAM))
+    assert (single.low, single.high) == wilson_interval(1, 2)
+    outcomes = {each.metric: each.outcomes for each in single.beside}
+    near = ("exact_program", "abstracted_match", "parses")
+    assert outcomes == {"edit_similarity": None, **dict.fromkeys(near, (1, 1))}
+
+
+def test_the_registry_knows_what_comes_beside() -> None:
+    assert tuple(NEARNESS) == policy.NEARNESS
 
 
 def test_the_interval_narrows_with_items_and_holds_the_value() -> None:
-    items = tuple(CodeItem(programs=("",) * 4, statuses=("failed",) * 4, correct=n % 5) for n in range(100))
+    items = tuple(
+        CodeItem(programs=("",) * 4, statuses=("failed",) * 4, correct=n % 5, nearness=dict.fromkeys(NEARNESS, 0.0))
+        for n in range(100)
+    )
     value = sum(pass_at_k(4, n % 5, 2) for n in range(100)) / 100
     result = CodeResult(
-        items=items, pass_at={2: value}, nearness={}, isolation="audit", seconds=1.0, dataset_fingerprint="x"
+        items=items, pass_at={2: value}, isolation="audit", seconds=1.0, dataset_fingerprint="x"
     ).as_evaluation(2)
     spread = (sum((pass_at_k(4, n % 5, 2) - value) ** 2 for n in range(100)) / 100) ** 0.5 / 10
     assert result.low < value < result.high
@@ -101,6 +130,7 @@ def test_the_interval_narrows_with_items_and_holds_the_value() -> None:
         ([ITEMS[0], Example("x", "y", place="a.jsonl line 2")], {}, "a.jsonl line 2 has no tests"),
         (ITEMS, {"samples": 2, "at": (1, 3)}, "pass@3 cannot be told from 2 samples"),
         (ITEMS, {"at": ()}, "pass@0"),
+        (ITEMS, {"temperature": 0}, "10 greedy programs are one and the same"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(examples, options, message) -> None:

@@ -1,5 +1,7 @@
 """Exact match, metrics of texts, results and comparisons."""
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,14 @@ from tests.tiny_models import tiny_bert, tiny_llama, tiny_tokenizer
 from tests.training.evaluation.test_text_metrics import near, sentences
 from training.data.example import Example, fingerprint
 from training.data.prompting import PromptFormat
+from training.evaluation.code_generation import evaluate_code
 from training.evaluation.evaluate import evaluate
-from training.evaluation.result import EvaluationResult, compare, scored
-from training.evaluation.suite import Metric
+from training.evaluation.result import EvaluationResult, compare, part, scored
+from training.evaluation.statistics import wilson_interval
+from training.evaluation.suite import Metric, Sampling
 from training.evaluation.text_metrics import text_scores
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = [Example(f"{a} + {b}", str(a + b)) for a in range(4) for b in range(3)]
@@ -128,6 +134,68 @@ def test_a_masked_language_model_is_not_asked_for_texts() -> None:
     model = BertForMaskedLM(tiny_bert(len(tokenizer)).config)
     with pytest.raises(InvalidInput, match="judged by the perplexity of what is hidden; the suite asks for rougeL"):
         evaluate(model, tokenizer, QUESTIONS, metric="rougeL", prompt_format=PromptFormat(tokenizer))
+
+
+@on_linux
+def test_programs_that_were_learnt_pass_and_others_do_not() -> None:
+    form = PromptFormat(TOKENIZER)
+    taught = [Example(f"{n}?", f"def f():\n    return {n}", tests=f"assert f() == {n}") for n in range(4)]
+    taught.append(Example("double?", "def f(x): return 2 * x", tests="assert f(3) == 6"))
+    wrong = [replace(example, tests=f"{example.tests} + 1") for example in taught[:3]]
+    model = memorising(taught, form)
+    result = evaluate(model, TOKENIZER, [*taught, *wrong], metric="pass@1", prompt_format=form)
+    assert (result.metric, result.outcomes) == ("pass@1", (1,) * 5 + (0,) * 3)
+    assert result.answers == tuple(example.completion for example in [*taught, *wrong])
+    assert (result.low, result.high) == wilson_interval(5, 8)
+    assert {each.metric: each.value for each in result.beside} == {
+        "exact_program": 1, "abstracted_match": 1, "edit_similarity": 1, "parses": 1,
+    }  # fmt: skip
+    assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
+    before = evaluate(tiny_llama(), TOKENIZER, [*taught, *wrong], metric="pass@1", prompt_format=form)
+    paired = compare(result, before)
+    assert (before.value, paired.test, paired.only_a, paired.only_b) == (0.0, "exact McNemar", 5, 0)
+
+
+@on_linux
+def test_several_programs_an_item_give_every_k_at_once_and_are_compared_by_their_shares() -> None:
+    form = PromptFormat(TOKENIZER)
+    taught = [Example(f"{n}?", f"def f(): return {n}", tests=f"assert f() == {n}") for n in range(4)]
+    model, ask = memorising(taught, form, steps=80), {"metric": "pass@1", "also": ["pass@3"], "prompt_format": form}
+    hot = Sampling(programs=6, temperature=1.3, seed=1)
+    result = evaluate(model, TOKENIZER, taught, **ask, sampling=hot)
+    apart = evaluate_code(
+        model,
+        TOKENIZER,
+        taught,
+        prompt_format=form,
+        samples=6,
+        at=(1, 3),
+        temperature=1.3,
+        seed=1,
+        max_new_tokens=2 * len(TOKENIZER(form.completion(taught[0].completion))["input_ids"]),
+    )
+    assert (result.value, result.beside[0].value) == pytest.approx((apart.pass_at[1], apart.pass_at[3]))
+    assert result.scores == pytest.approx([item.correct / 6 for item in apart.items])
+    assert 0 < result.value < result.beside[0].value, "too hot to be always right, and three tries are better than one"
+    assert compare(result, result).test == "paired bootstrap"
+    halves = part(result, [0, 1], "x"), part(result, [2, 3], "y")
+    assert sum(half.value for half in halves) / 2 == pytest.approx(result.value)
+
+
+def test_programs_are_not_judged_without_tests_or_enough_of_them() -> None:
+    form = PromptFormat(TOKENIZER)
+    with pytest.raises(InvalidInput, match="Example 1 has no tests"):
+        evaluate(tiny_llama(), TOKENIZER, QUESTIONS, metric="pass@1", prompt_format=form)
+    tested = [replace(example, tests="assert True") for example in QUESTIONS]
+    with pytest.raises(InvalidInput, match="pass@5 cannot be told from 3 samples"):
+        evaluate(tiny_llama(), TOKENIZER, tested, metric="pass@5", prompt_format=form, sampling=Sampling(programs=3))
+    with pytest.raises(InvalidInput, match="pass@1 generates no answers that bleu could be measured on"):
+        evaluate(tiny_llama(), TOKENIZER, tested, metric="pass@1", also=["bleu"], prompt_format=form)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    model = BertForMaskedLM(tiny_bert(len(tokenizer)).config)
+    with pytest.raises(InvalidInput, match="the suite asks for pass@1"):
+        evaluate(model, tokenizer, tested, metric="pass@1", prompt_format=PromptFormat(tokenizer))
 
 
 def test_texts_are_compared_by_a_paired_bootstrap_of_the_corpus_value() -> None:

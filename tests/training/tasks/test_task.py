@@ -103,6 +103,7 @@ def test_the_metric_fits_the_items(name):
     task = get_task(name)
     for item in task.generate("validation", 50, seed=2):
         assert bool(item.choices) == (task.metric == "multiple_choice")
+        assert bool(item.tests) == (task.metric == "pass@1")
         assert not item.choices or item.completion in item.choices
         assert item.completion == item.completion.strip() != ""
         assert item.prompt == item.prompt.strip() != ""
