@@ -34,6 +34,9 @@ def create(
     task: Annotated[
         str | None, typer.Option(help="Items of a built-in task. Default: the first version's own test data.")
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Items of a suite file: NAME of suites/NAME.yaml, or a path to a .yaml file.")
+    ] = None,
     items: Annotated[int, typer.Option(min=1, help="At most so many items.")] = 30,
     design: Annotated[
         Path | None, typer.Option(help="YAML: title, instructions, criteria (name, question, low, high).")
@@ -71,6 +74,7 @@ def create(
         answers=files,
         prompts=prompts,
         task=task,
+        suite=suite,
         items=items,
         reference=reference,
         max_new_tokens=max_new_tokens,

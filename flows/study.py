@@ -32,6 +32,7 @@ from training.evaluation.reader_analysis import Findings, analyse
 from training.evaluation.reader_ratings import Ratings, collect, packet_csv
 from training.evaluation.reader_study import Design, Key, Study, blind, named, require_intact
 from training.evaluation.suite import Suite
+from training.evaluation.suite_files import suites_called
 
 File = TypeVar("File", bound=Section)
 
@@ -46,8 +47,9 @@ class Arms(BaseModel):
         versions: addresses, which answer greedily.
         answers: of an arm's name: a file with columns `prompt` and `answer`.
         prompts: a file with a column `prompt`, and `completion` where there are reference answers.
-        task: a built-in task instead. Neither: the test data of the first version's recipe, or, without versions, the
-            prompts of the first answer file.
+        task: a built-in task instead.
+        suite: a suite file instead: the items of all its suites. None of the three: the test data of the first
+            version's recipe, or, without versions, the prompts of the first answer file.
         items: at most so many, drawn by the design's seed.
         reference: the data's own answers are one more arm.
         max_new_tokens: longest answer of a version.
@@ -59,6 +61,7 @@ class Arms(BaseModel):
     answers: dict[str, Path] = {}
     prompts: Path | None = None
     task: str | None = None
+    suite: str | None = None
     items: int = 30
     reference: bool = False
     max_new_tokens: int = 256
@@ -151,15 +154,18 @@ def analyse_study(folder: Path) -> Findings:
 def _items(
     arms: Arms, versions: Sequence[str], files: Mapping[str, Mapping[str, str]], seed: int
 ) -> tuple[Example, ...]:
-    if arms.prompts and arms.task:
-        raise InvalidInput("A study has one source of items.", "Give a file of prompts or a task, not both.")
+    if sum(each is not None for each in (arms.prompts, arms.task, arms.suite)) > 1:
+        raise InvalidInput("A study has one source of items.", "Give a file of prompts, or a task, or a suite.")
+    version = AdapterRegistry().get(versions[0]) if versions else None
+    recipe = recipe_of(version) if version else None
     if arms.prompts:
         rows = [(place, _text(place, row, "prompt"), row) for place, row in read_rows(arms.prompts)]
         among = [Example(prompt, str(row.get("completion") or ""), place=place) for place, prompt, row in rows]
+    elif arms.suite:
+        among = [example for suite in suites_called(arms.suite) for example in prepare(suite, recipe).examples]
     elif versions or arms.task:
-        version = AdapterRegistry().get(versions[0]) if versions else None
         suite = Suite(task=arms.task, samples=arms.items, seed=seed, metric="exact_match")
-        return prepare(suite, recipe_of(version) if version else None).examples
+        return prepare(suite, recipe).examples
     else:
         among = [Example(prompt, "") for prompt in next(iter(files.values()), {})]
     distinct = {example.prompt: example for example in among}

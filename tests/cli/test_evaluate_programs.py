@@ -1,4 +1,4 @@
-"""`regraft evaluate` on programs: run by their tests, recorded, compared."""
+"""`regraft evaluate` on programs: run by their tests, recorded, compared; and a study of a suite file's items."""
 
 import json
 import sys
@@ -120,3 +120,16 @@ def test_what_cannot_be_judged_is_told(trained: tuple[str, str], project: Path, 
     result = run_here("evaluate", trained[1], "--suite", "odd", width=200)
     assert (result.code, result.out) == (2, "")
     assert said in " ".join(result.err.split())
+
+
+def test_a_study_takes_its_items_from_a_suite_file_each_once(
+    trained: tuple[str, str], project: Path, tmp_path: Path
+) -> None:
+    arguments = ("study", "create", "study", trained[1], "--suite", "programs", "--reference", "--max-new-tokens", "24")
+    made = told(run_here(*arguments, "--json"))
+    assert (made["arms"], made["items"], made["alike"]) == ([trained[1], "reference"], len(TAUGHT), len(TAUGHT))
+    both = run_here(*arguments, "--task", "navigate")
+    assert both.code == 2 and "one source of items" in " ".join(both.err.split())
+    unknown = run_here("study", "create", "other", trained[1], "--suite", "programms", "--reference")
+    assert unknown.code == 3 and "Did you mean 'programs'?" in " ".join(unknown.err.split())
+    assert not (project / "other").exists()
