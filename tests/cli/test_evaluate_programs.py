@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
+from flows.suites import prepare
 from infra.settings import get_settings
 from registry import AdapterRegistry
+from serving.loading import load
 from tests.cli.conftest import Told, WriteRecipe, run_here
 from tests.tiny_models import own_seed, save_tiny_llama
+from training.data.prompting import PromptFormat
+from training.evaluation.code_generation import evaluate_code
+from training.evaluation.code_metrics import pass_at_k
 from training.evaluation.statistics import mcnemar
+from training.evaluation.suite_files import suites_called
 
 pytestmark = [
     pytest.mark.services,
@@ -34,7 +40,7 @@ def trained(regraft_home: Path, write_recipe: WriteRecipe, tmp_path_factory: pyt
     """Two versions of one adapter: the first knows nothing, the second the programs by heart."""
     get_settings.cache_clear()
     folder = tmp_path_factory.mktemp("coder")
-    base = save_tiny_llama(folder / "base", seed=own_seed(__name__))
+    base = save_tiny_llama(folder / "coder-base", seed=own_seed(__name__))
     (folder / "taught.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TAUGHT))
     data = {
         "file": str(folder / "taught.jsonl"),
@@ -97,6 +103,31 @@ def test_two_versions_are_compared_item_by_item(trained: tuple[str, str], projec
     unlearnt = told(run_here("evaluate", old, "--suite", "programs", "--forgetting", "--json"))["comparisons"]
     assert {(each["suite"], each["metric"]) for each in unlearnt} == set(tests)
     assert {each["difference"] for each in unlearnt} == {0.0}
+
+
+def test_programs_are_sampled_as_the_suite_says(trained: tuple[str, str], project: Path) -> None:
+    (project / "suites" / "hot.yaml").write_text(
+        "suites: [{data: {file: asked.jsonl, columns: {tests: tests}}, metric: pass@2, programs: 4, temperature: 1.3, "
+        "seed: 5, max_new_tokens: 30}]"
+    )
+    (result,) = told(run_here("evaluate", trained[1], "--suite", "hot", "--json"))
+    coder, drawn = load(trained[1]), prepare(suites_called("hot")[0], None)
+    apart = evaluate_code(
+        coder.model,
+        coder.tokenizer,
+        drawn.examples,
+        prompt_format=PromptFormat(coder.tokenizer, drawn.instruction),
+        samples=4,
+        at=(2,),
+        temperature=1.3,
+        max_new_tokens=30,
+        seed=5,
+    )
+    assert result["value"] == pytest.approx(apart.pass_at[2])
+    kept = AdapterRegistry().evaluations(trained[1])
+    (recorded,) = [each.scores for each in kept if (each.suite, each.metric) == ("hot/test-4programs", "pass@2")]
+    assert recorded == pytest.approx([pass_at_k(4, item.correct, 2) for item in apart.items])
+    assert any(0 < score < 1 for score in recorded), "as hot as that it is not always right"
 
 
 def test_the_tests_of_the_built_in_task_are_run(trained: tuple[str, str], project: Path) -> None:
