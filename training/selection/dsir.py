@@ -6,9 +6,10 @@ bucket among all features of the target, and of the pool, a text's importance we
     log w(z) = Σ_j z_j · (log γ_target[j] − log γ_pool[j])
 
 and k texts are drawn without replacement by w: the k largest log w + g, g from a Gumbel distribution (algorithm 1).
-Words, and 10⁻⁸ on every share, are those of the authors' code (p-lambda/dsir); so is the pseudo-count on the target's
-counts, which they leave to the user: without it, whatever a target of a few hundred texts happens not to say decides.
-The sum grows with the length of a text, so texts of a pool should be of like length.
+Words, and 10⁻⁸ on every share, are those of the authors' code (p-lambda/dsir), which leaves a pseudo-count on the
+target's counts to the user: there is none here. With one, of a target of a few hundred texts, the rows of noise come
+first, since words that hardly anybody uses then look wanted. The sum grows with the length of a text, so texts of a
+pool should be of like length.
 """
 
 import re
@@ -23,7 +24,6 @@ from training.selection.pool import BLOCK_ROWS, Pool, Positions
 from training.selection.word_hashes import ngram_hashes, word_hashes
 
 BUCKETS = 10_000
-_PSEUDO_COUNT = 1
 _SMOOTHING = 1e-8
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
@@ -78,7 +78,6 @@ def log_ratio(target: Sequence[str], pool: Counts) -> NDArray[np.float64]:
     for name, counts in (("target", target_counts), ("pool", pool)):
         if not counts.any():
             raise InvalidInput(f"The {name} has no word, so nothing can be told from it.", "Give it texts.")
-    target_counts += _PSEUDO_COUNT
     of_target, of_pool = (np.log(counts / counts.sum() + _SMOOTHING) for counts in (target_counts, pool))
     return np.asarray(of_target - of_pool)
 

@@ -58,7 +58,7 @@ def plain_log_weights(pool: list[str], target: list[str]) -> list[float]:
     n, m = of_target.total(), of_pool.total()
     return [
         sum(
-            count * (math.log((of_target[bucket] + 1) / (n + 10_000) + 1e-8) - math.log(of_pool[bucket] / m + 1e-8))
+            count * (math.log(of_target[bucket] / n + 1e-8) - math.log(of_pool[bucket] / m + 1e-8))
             for bucket, count in plain_features(text).items()
         )
         for text in pool
@@ -108,9 +108,13 @@ def test_a_planted_domain_is_found(tmp_path: Path) -> None:
         return " ".join(rng.choice(useful if domain and rng.random() < 0.5 else common) for _ in range(30))
 
     texts = [text(number % 10 == 0) for number in range(1000)]
-    drawn, weights = resample(pool_of(tmp_path, texts), [text(True) for _ in range(20)], rows=100, seed=0)
-    assert len(drawn) == 100 and sum(position % 10 == 0 for position in drawn) >= 95
+    target = [text(True) for _ in range(200)]
+    drawn, weights = resample(pool_of(tmp_path, texts), target, rows=100, seed=0)
+    assert len(drawn) == 100 and sum(position % 10 == 0 for position in drawn) >= 60, "chance gives 10"
     assert len(weights.positions) == 1000
+    noise = [" ".join(f"x{rng.randrange(10**6)}" for _ in range(30)) for _ in range(200)]
+    drawn, _ = resample(pool_of(tmp_path, [*texts, *noise]), target, rows=100, seed=0)
+    assert max(drawn) < 1000, "words that nobody else uses are not what the target wants"
 
 
 def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
