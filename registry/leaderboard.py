@@ -3,12 +3,12 @@
 One statement finds all of it, whatever the number of versions; no artifact is opened.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 from sqlalchemy import Row, and_, func, or_, select
 from sqlalchemy.orm import Session
 
@@ -176,14 +176,14 @@ def _table(rows: Sequence[_Found], limit: int | None) -> Leaderboard:
     adjusted = holm(against_the_first([row.outcomes for row in rows]))
     front = pareto(scores, [(row.size_bytes, row.base_parameters) for row in rows])
     known = first.dataset_fingerprint is not None
-    better = np.searchsorted(-np.asarray(scores), -np.asarray(scores), side="left")
+    falling = [-score for score in scores]
     ties = [
         known and (score == scores[0] or (p is not None and p > ALPHA))
         for score, p in zip(scores, adjusted, strict=True)
     ]
     standings = [
         Standing(
-            rank=(1 if tied else int(better[place]) + 1) if known else None,
+            rank=(1 if tied else bisect_left(falling, falling[place]) + 1) if known else None,
             address=f"{row.adapter}@{row.number}",
             method=row.method,
             base=row.base,
@@ -215,6 +215,7 @@ def against_the_first(outcomes: Sequence[Sequence[int] | None]) -> list[float | 
     Returns:
         p-values; None of the first itself, and where there are no outcomes to compare.
     """
+    import numpy as np
     from scipy.special import bdtr
 
     first = outcomes[0]
