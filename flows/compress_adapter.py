@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from math import log
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +26,7 @@ from flows.derived import (
     suites_of,
 )
 from flows.evaluate_adapter import run_suite
+from flows.pictures import as_png, axes_of_a_picture
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
 from flows.reports import report_picture, report_table
@@ -344,11 +344,7 @@ def _report(source: VersionRecord, suites: Sequence[Prepared], before: Sequence[
 
 def front(address: str, suite: str, before: float, forms: Sequence[Form]) -> bytes:
     """PNG of size against the first suite's value; the front is joined."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = axes_of_a_picture(6.4, 3.6)
     on_front = [form for form in forms if form.on_front]
     axes.plot([f.size_bytes for f in on_front], [f.values[0] for f in on_front], color="#3b6ea5", linewidth=1)
     for form in forms:
@@ -358,7 +354,4 @@ def front(address: str, suite: str, before: float, forms: Sequence[Form]) -> byt
         )
     axes.axhline(before, color="#c8553d", linewidth=1, linestyle=":")
     axes.set(title=f"{address}, compressed", xlabel="bytes", ylabel=f"{suite} (validation)", xscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)

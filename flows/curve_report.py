@@ -4,11 +4,11 @@ import csv
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.curves import Curve, Measurement
+from flows.pictures import as_png, axes_of_a_picture
 from flows.reports import report_picture, report_table
 from infra.errors import ServiceUnavailable
 from infra.settings import get_settings
@@ -48,12 +48,8 @@ def report_curves(
 
 def curve_picture(name: str, curves: Sequence[Curve]) -> bytes:
     """PNG of the headline curves (of several tasks, their mean), with bands, on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     headline = [curve for curve in curves if curve.task == curves[-1].task]
-    figure = Figure(figsize=(6.4, 3.8), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = axes_of_a_picture(6.4, 3.8)
     for place, curve in enumerate(headline):
         colour = _COLOURS[place % len(_COLOURS)]
         sizes = [point.examples for point in curve.points]
@@ -70,11 +66,8 @@ def curve_picture(name: str, curves: Sequence[Curve]) -> bytes:
     axes.axhline(headline[0].reference, color="0.4", linewidth=1, linestyle=":")
     axes.set(title=f"{name}: {headline[0].task}", xlabel="training examples of a task", ylabel=headline[0].metric)
     axes.set_xscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _show_in_mlflow(name: str, curves: Sequence[Curve], folder: Path, tags: Mapping[str, str]) -> None:

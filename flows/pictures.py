@@ -1,9 +1,11 @@
-"""Small pictures for pages that hold everything within themselves."""
+"""Pictures: within pages that hold everything themselves, or as artifacts."""
 
 import io
 from typing import Any
 
 from markupsafe import Markup
+
+_DOTS = 110  # of a PNG, an inch
 
 
 def axes_of_a_picture(width: float = 3.6, height: float = 3.2) -> tuple[Any, Any]:
@@ -14,6 +16,16 @@ def axes_of_a_picture(width: float = 3.6, height: float = 3.2) -> tuple[Any, Any
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(_DOTS)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def as_svg(figure: Any) -> Markup:

@@ -1,13 +1,13 @@
 """What a flow run leaves in Prefect's UI: tables, markdown, a picture of the training curve."""
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from flows.pictures import as_png, axes_of_a_picture
 from flows.telling import tell_prefect
 from training.recipe import Recipe
 
@@ -46,21 +46,14 @@ def report_picture(adapter: str, subject: str, png: bytes) -> None:
 
 def training_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
     """PNG of training and validation loss over optimiser steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = axes_of_a_picture(6.4, 3.2)
     steps, losses = zip(*outcome.losses, strict=True) if outcome.losses else ((), ())
     axes.plot(steps, losses, color="#3b6ea5", linewidth=1.2, label="training")
     if outcome.validation_losses:
         axes.plot(*zip(*outcome.validation_losses, strict=True), "o-", color="#c8553d", label="validation")
         axes.legend(frameon=False)
     axes.set(title=adapter, xlabel="step", ylabel="loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _leave(create: Callable[..., object], content: object, adapter: str, subject: str) -> None:

@@ -3,7 +3,6 @@
 One file, without scripts and without anything from elsewhere.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 from markupsafe import Markup
+
+from flows.pictures import as_svg, axes_of_a_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,20 +74,20 @@ def selection_page(
 def _histogram(scores: "NDArray[np.float64]", selected: "NDArray[np.bool_]") -> Markup:
     import numpy as np
 
-    figure, axes = _axes()
+    figure, axes = axes_of_a_picture(5.4, 3.6)
     shown = np.clip(scores, *np.percentile(scores, _SHOWN))
     _, edges, _ = axes.hist(shown, _BINS, color=_GREY, label=f"pool ({len(scores):,})")
     axes.hist(shown[selected], edges, color=_RED, label=f"selected ({int(selected.sum()):,})")
     axes.set(xlabel="score", ylabel="rows", yscale="log")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _projection(samples: Samples) -> Markup:
     """The samples on the two principal components of the pool's."""
     import numpy as np
 
-    figure, axes = _axes()
+    figure, axes = axes_of_a_picture(5.4, 3.6)
     centre = samples.pool.mean(axis=0)
     _, _, components = np.linalg.svd(samples.pool - centre, full_matrices=False)
     shown = ((samples.pool, _GREY, "pool"), (samples.target, _BLUE, "target"), (samples.selected, _RED, "selected"))
@@ -96,21 +97,4 @@ def _projection(samples: Samples) -> Markup:
             axes.scatter(x, y, s=6, color=colour, label=name, alpha=0.6, linewidths=0)
     axes.set(xlabel="first principal component of the pool", ylabel="second")
     axes.legend(frameon=False, markerscale=2)
-    return _svg(figure)
-
-
-def _axes() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> Markup:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+    return as_svg(figure)
