@@ -53,18 +53,29 @@ def resumable(
     Raises:
         Interrupted: it was stopped.
     """
-    from infra.errors import Interrupted
+    from infra.errors import Interrupted, RegraftError
+
+    asked = False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"{what} was stopped; {kept}.", remedy) from None
+    except (KeyboardInterrupt, Exception) as error:
+        # What was cut off in the middle may fail in its own way: SQLAlchemy in a commit, Prefect in a call.
+        if isinstance(error, RegraftError) or not (asked or isinstance(error, KeyboardInterrupt)):
+            raise
+        raise Interrupted(f"{what} was stopped; {kept}.", remedy) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

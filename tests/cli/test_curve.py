@@ -206,7 +206,8 @@ def test_a_study_that_was_stopped_and_killed_goes_on_to_the_same_numbers(recipe:
     wait_for(measured, 1, process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = ended(process)
-    assert (stopped.code, stopped.out) == (130, "") and "same command" in stopped.err
+    assert (stopped.code, stopped.out) == (130, ""), stopped.err
+    assert "same command" in stopped.err
     after_stop = set(json.loads(measured.read_text()))
 
     process = started(*command)

@@ -7,7 +7,7 @@ import pytest
 
 from cli import session
 from flows.progress import Stage
-from infra.errors import Interrupted
+from infra.errors import Interrupted, InvalidInput
 
 
 @pytest.fixture
@@ -50,3 +50,22 @@ def test_a_stop_says_what_is_left(number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=told), session.resumable("The kit"):
         os.kill(os.getpid(), number)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_fails_because_of_a_stop_is_told_as_the_stop(number: signal.Signals) -> None:
+    def cut_off() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            raise RuntimeError("this connection is in the middle of a commit")
+
+    with pytest.raises(Interrupted, match="The study was stopped"), session.resumable("The study"):
+        cut_off()
+
+
+def test_what_fails_by_itself_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="disk"), session.resumable("The study"):
+        raise RuntimeError("disk")
+    with pytest.raises(InvalidInput, match="budget"), session.resumable("The study"):
+        raise InvalidInput("That is no budget.", "Give a number.")
