@@ -192,6 +192,7 @@ def wait_for(measured: Path, known: int, process: "subprocess.Popen[str]") -> No
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_study_that_was_stopped_and_killed_goes_on_to_the_same_numbers(recipe: Path) -> None:
     asked = ("--budgets", "2,4,8,all", "--seeds", "1")
     whole = curve(recipe, *asked, "--set", "training.steps=6")

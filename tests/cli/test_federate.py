@@ -138,6 +138,7 @@ def test_whatever_goes_wrong_with_a_client_stops_nobody_else_and_all_is_too_many
     assert [made["failed"] for made in told["rounds"]] == [{}, {}], "what was mended is tried again"
 
 
+@pytest.mark.slow
 def test_a_stop_between_making_a_version_and_noting_it_makes_no_second_one(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_stop_between_making_a_version_and_noting_it_makes_no_second_one(
     assert told["address"] == "shared-gap@4", "a federation that is over is not gone on with"
 
 
+@pytest.mark.slow
 def test_one_that_was_killed_goes_on(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe("shared-killed", training={**TRAINING, "steps": 100, "checkpoint_every": 10})
     command = ("federate", str(recipe), *SMALL, "--rounds", "1", "--no-evaluate")

@@ -134,6 +134,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_tensors(
     assert set(task_states("killed")) == {"COMPLETED", "CRASHED"}
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_dies_is_brought_back_and_costs_nothing(
     write_recipe: WriteRecipe, uninterrupted: bytes
 ) -> None:

@@ -83,6 +83,7 @@ def test_prefects_own_command_line_deploys_the_file_of_the_repository(regraft_ho
     assert run_here("schedule", "remove", "counting").code == 0
 
 
+@pytest.mark.slow
 def test_a_worker_runs_what_was_queued_and_leaves(recipe: Path) -> None:
     watching = run_here("schedule", "train", str(recipe), "--when-dataset-changes", "--interval", "300d")
     assert "if the data changed" in watching.out

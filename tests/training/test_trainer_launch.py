@@ -145,6 +145,7 @@ def test_a_base_that_is_split_over_two_processes_trains_the_same_adapter(tmp_pat
         torch.testing.assert_close(tensor, tensors[name], atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_training_on_a_split_base_stops_and_resumes_to_the_same_bits(tmp_path, base) -> None:
     chosen = recipe(steps=30, batch_size=4, early_stopping=9, processes=2, shard_base=True)
 
