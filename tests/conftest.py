@@ -4,13 +4,16 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
-settings.register_profile("regraft", deadline=None)  # a busy machine is no failure
-settings.load_profile("regraft")
+with suppress(ImportError):  # kernels are also tried where PyTorch and pytest are all there is
+    from hypothesis import settings
+
+    settings.register_profile("regraft", deadline=None)  # a busy machine is no failure
+    settings.load_profile("regraft")
 
 _HOME = tempfile.TemporaryDirectory(prefix="regraft-tests-")
 os.environ.update(

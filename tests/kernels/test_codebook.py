@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,8 +18,6 @@ from kernels.dispatch import triton_is_there
 from tests.kernels.interpreted_codebook import HIGH, LOW, case, gradient
 from tests.kernels.own_process import printed
 from tests.kernels.packed import DTYPES, SHAPES, assert_close, codes, inputs
-from training.compression import compress, container, decompress
-from training.compression.levels import levels
 
 # Of the largest number; products in 16 bits are rounded once or twice, by the interpreter towards 0 in bfloat16.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
@@ -71,21 +68,6 @@ def test_the_reference_applies_what_it_decodes() -> None:
     x = inputs(3, 11, torch.float64, False)
     expected = x @ (LOW + (HIGH - LOW) * exact.double()).T
     torch.testing.assert_close(apply_binary_reference(x, packed, LOW, HIGH), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_file_of_a_codebook_is_applied_as_what_it_decodes_to(dtype: str) -> None:
-    """μ and σ are read from the file's bytes here, not by the codec."""
-    data = compress({"a": inputs(24, 40, getattr(torch, dtype), False)}, "codebook:bits=1")
-    decoded = decompress(data)["a"]
-    (stored,) = container.read(data).tensors
-    content = np.frombuffer(stored.content, np.uint8)
-    mean, deviation = torch.from_numpy(content[-8:].copy().view("<f4"))
-    low, high = (levels(1).float() * deviation + mean).to(decoded.dtype)
-    packed = PackedCodes((24, 40), 1, torch.from_numpy(content[:-8].copy()))
-    assert torch.equal(decode_codes(packed, torch.stack([low, high])), decoded)
-    x = inputs(5, 40, torch.float64, False)
-    torch.testing.assert_close(apply_binary(x, packed, low.item(), high.item()), x @ decoded.double().T)
 
 
 def content(*numbers: int) -> torch.Tensor:

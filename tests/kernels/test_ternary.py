@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.dispatch import runs_on_triton, triton_is_there
+from kernels.dispatch import triton_is_there
 from kernels.ternary import (
     TernaryTensor,
     add_ternary,
@@ -18,8 +18,6 @@ from kernels.ternary import (
 from tests.kernels.interpreted_ternary import case, gradient, many_tokens, unaligned
 from tests.kernels.own_process import printed
 from tests.kernels.packed import DTYPES, SHAPES, assert_close, inputs, ternary
-from training.compression import compress, decompress
-from training.compression.compeft import masks
 
 # Of the largest number; products in 16 bits are rounded once or twice, by the interpreter towards 0 in bfloat16.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
@@ -94,23 +92,6 @@ def test_the_reference_applies_what_it_decodes() -> None:
     gamma, exact = ternary((6, 11), 0.5, 0)
     x = inputs(3, 11, torch.float64, False)
     torch.testing.assert_close(apply_ternary_reference(x, gamma, 0.3), x @ (0.3 * exact).T)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_masks_of_a_compeft_file_decode_and_apply_as_the_file_does(dtype: str) -> None:
-    tensors = {"a": inputs(24, 40, getattr(torch, dtype), False), "b": inputs(17, 9, getattr(torch, dtype), False)}
-    data = compress(tensors, "compeft:layout=bitmask,density=0.2")
-    scale, found = masks(data)
-    for name, decoded in decompress(data).items():
-        gamma = found[name].packed(tuple(decoded.shape))
-        assert not runs_on_triton(gamma.nonzero)
-        assert torch.equal(decode_ternary(gamma, scale, decoded.dtype), decoded)
-        x = inputs(5, decoded.shape[1], torch.float64, False)
-        torch.testing.assert_close(apply_ternary(x, gamma, scale), x @ decoded.double().T)
-    assert set(found) == {"a", "b"}
-    # The Golomb layout holds the same numbers, read by other code.
-    golomb = decompress(compress(tensors, "compeft:layout=golomb,density=0.2"))
-    assert all(torch.equal(golomb[name], decoded) for name, decoded in decompress(data).items())
 
 
 def mask(*numbers: int) -> torch.Tensor:
