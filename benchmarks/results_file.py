@@ -74,9 +74,14 @@ def write(script: str, rows: Sequence[Row], device: str = "cpu", details: Mappin
             f"({row.peer_name}), ratio {row.ratio:.3f}, goal {sign} {row.goal:g}"
         )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{script}.{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path = path_of(script, device)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def path_of(script: str, device: str = "cpu") -> Path:
+    """Where `write` writes."""
+    return RESULTS / f"{script}.{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def _processor() -> str:

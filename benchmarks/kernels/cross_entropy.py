@@ -3,7 +3,7 @@
 Logits are bfloat16 and labels few or many, as a training step has them. Needs a CUDA device; Liger is compared where
 it is installed (`pip install --no-deps liger-kernel`).
 
-    python -m benchmarks.cross_entropy
+    python -m benchmarks.kernels.cross_entropy
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.results_file import Row, write
+from benchmarks.kernels.measuring import COPYING, Ceilings
+from benchmarks.kernels.one import measure
+from benchmarks.results_file import Row
 from kernels.cross_entropy import cross_entropy
 
 SIZES = {"SmolLM2, 8192 labels": (8192, 49_152), "Gemma 3, 4096 labels": (4096, 262_144)}
@@ -39,7 +41,7 @@ def liger(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def measure(loss: Loss, rows: int, vocabulary: int) -> tuple[float, float, float]:
+def cost(loss: Loss, rows: int, vocabulary: int) -> tuple[float, float, float]:
     """Median seconds, GB on top of the logits at the peak, and the loss."""
     generator = torch.Generator("cuda").manual_seed(0)
     source = torch.randn(rows, vocabulary, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -63,16 +65,17 @@ def measure(loss: Loss, rows: int, vocabulary: int) -> tuple[float, float, float
     return median(seconds), peak / 1e9, value
 
 
-def compare(size: str) -> list[Row]:
+def compare(size: str, ceilings: Ceilings) -> list[Row]:
     rows, vocabulary = SIZES[size]
-    our_seconds, our_memory, our_loss = measure(ours, rows, vocabulary)
-    found = []
+    our_seconds, our_memory, our_loss = cost(ours, rows, vocabulary)
+    claim = f"cross-entropy, {size}"
+    moved = 3 * 2 * rows * vocabulary  # logits are read by forward and by backward, which writes over them
+    found = [Row(f"{claim}, bytes moved", moved / our_seconds / 1e9, ceilings.bandwidth / 1e9, COPYING, "GB/s", 0.8)]
     peers = {"PyTorch": pytorch, **({"Liger": liger} if find_spec("liger_kernel") else {})}
     for name, peer in peers.items():
-        seconds, memory, loss = measure(peer, rows, vocabulary)
+        seconds, memory, loss = cost(peer, rows, vocabulary)
         if abs(our_loss - loss) > 2**-8 * loss:  # Liger's comes in the dtype of the logits, rounded to 8 bits
             raise SystemExit(f"{size}: losses differ ({our_loss}, {loss}); the comparison means nothing")
-        claim = f"cross-entropy, {size}"
         found.append(Row(f"{claim}, time", our_seconds * 1e3, seconds * 1e3, name, "ms", 1.0, "lower"))
         # The kernel allocates two floats a row, which no peer can do without either.
         floor = 2 * 4 * rows / 1e9
@@ -82,7 +85,9 @@ def compare(size: str) -> list[Row]:
     return found
 
 
+def on_gpu(ceilings: Ceilings) -> list[Row]:
+    return [row for size in SIZES for row in compare(size, ceilings)]
+
+
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        raise SystemExit("This benchmark needs a CUDA device.")
-    write("cross_entropy", [row for size in SIZES for row in compare(size)], torch.cuda.get_device_name())
+    measure("cross_entropy")
