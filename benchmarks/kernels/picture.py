@@ -52,7 +52,9 @@ def is_share(row: Mapping[str, Any]) -> bool:
 
 
 def _against_peers(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A bar a row, longer where ours is better, whatever the unit; a stroke where the goal is."""
+    """A bar a row, to the right where ours is better, whatever the unit; a stroke where the goal is."""
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(row["peer_name"] for row in rows))
     lengths = [_better(row, row["ratio"]) for row in rows]
     colors = [f"C{names.index(row['peer_name'])}" for row in rows]
@@ -64,6 +66,9 @@ def _against_peers(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         )
     axes.axvline(1, color="black", linewidth=0.6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter("")
     axes.set_yticks(range(len(rows)), [f"{row['claim']}, {row['unit']}" for row in rows])
     for number, name in enumerate(names):
         axes.barh([0], [0], left=1, color=f"C{number}", label=f"against {name}")
