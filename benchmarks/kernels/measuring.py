@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], object]
-COPYING, MULTIPLYING = "copying on the device", "a matrix product on the device"  # peers that are ceilings
 _COPIED = 1 << 30  # bytes
 _PRODUCT = 8192  # of the square matrices whose product tells a GPU's rate
 

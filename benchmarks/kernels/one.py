@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels.one NAME [--sweep]
 
-A benchmark is a module of this folder with `on_gpu(ceilings)`, which gives its rows, and where there is something to
-see without a GPU, `on_cpu()`; with `DETAILS` for its results' file; and where numbers of a kernel's launch were
-chosen on other GPUs, `sweep(ceilings)`, which prints how others do.
+A benchmark is a module of this folder with `on_gpu(ceilings)`, which gives its rows, those in GB/s and TFLOP/s being
+shares of the ceilings; where there is something to see without a GPU, `on_cpu()`; with `DETAILS` for its results' file;
+and where numbers of a kernel's launch might be others on other GPUs, `sweep(ceilings)`, which prints how they do.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernels.measuring import COPYING, Ceilings, graph_seconds, processor_seconds, require_equal
+from benchmarks.kernels.measuring import Ceilings, graph_seconds, processor_seconds, require_equal
 from benchmarks.results_file import Row
 
 CPU_SHAPE, CPU_TOKENS = (4096, 4096), (1, 8, 64)
@@ -89,6 +89,7 @@ def cpu_rows(kind: str, make: Make, repeats: int) -> list[Row]:
 
 def gpu_rows(kind: str, make: Make, ceilings: Ceilings, repeats: int) -> list[Row]:
     rows = []
+    copying = ceilings.bandwidth / 1e9
     for name, (m, k) in GPU_SHAPES.items():
         size = make((m, k), 0, "cuda").size
         packed = [make((m, k), seed, "cuda") for seed in range(max(-(-UNCACHED // size), 2))]
@@ -105,11 +106,11 @@ def gpu_rows(kind: str, make: Make, ceilings: Ceilings, repeats: int) -> list[Ro
             claim = f"{kind} {m}×{k} ({name}) applied to {tokens} tokens"
             rows.append(Row(claim, 1e6 * ours, 1e6 * peer, "dense bfloat16", "µs", 0.25, "lower"))
             moved = size + 2 * tokens * (m + k)
-            rows.append(Row(claim, moved / ours / 1e9, ceilings.bandwidth / 1e9, COPYING, "GB/s", 0.5))
+            rows.append(Row(claim, moved / ours / 1e9, copying, "copying on the device", "GB/s", 0.5))
         for dtype, dtype_name in DTYPE_NAMES.items():
             seconds = graph_seconds([lambda each=each, dtype=dtype: each.decode(dtype) for each in few], repeats)
             moved = m * k * dtype.itemsize + size
             claim = f"{kind} {m}×{k} becomes dense {dtype_name}"
-            rows.append(Row(claim, moved / seconds / 1e9, ceilings.bandwidth / 1e9, COPYING, "GB/s", 0.8))
+            rows.append(Row(claim, moved / seconds / 1e9, copying, "copying on the device", "GB/s", 0.8))
         del packed, few, dense
     return rows

@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels.measuring import COPYING, MULTIPLYING
-
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 ROW_HEIGHT, WIDTH = 0.28, 9.0  # inches
+BANDWIDTH, RATE = "GB/s", "TFLOP/s"  # units of which only shares of what a device does are told
 
 
 def draw(results: Path) -> Path | None:
@@ -48,7 +47,7 @@ def draw(results: Path) -> Path | None:
 
 def is_share(row: Mapping[str, Any]) -> bool:
     """Whether a row of a results file compares with what the device can do at most, not with another program."""
-    return row["peer_name"] in (COPYING, MULTIPLYING)
+    return row["unit"] in (BANDWIDTH, RATE)
 
 
 def _against_peers(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +82,7 @@ def _better(row: Mapping[str, Any], ratio: float) -> float:
 
 
 def _of_the_ceilings(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    colors = ["C0" if row["peer_name"] == COPYING else "C1" for row in rows]
+    colors = ["C0" if row["unit"] == BANDWIDTH else "C1" for row in rows]
     axes.barh(range(len(rows)), [100 * row["ratio"] for row in rows], color=colors, height=0.7)
     axes.plot([100 * row["goal"] for row in rows], range(len(rows)), "k|", markersize=9)
     axes.set_yticks(range(len(rows)), [row["claim"] for row in rows])
