@@ -134,7 +134,7 @@ def names(only: Sequence[str]) -> list[str]:
 def judge(kernels: Sequence[Kernel], run: Run) -> None:
     """Let every kernel's tests say whether it is right."""
     processors = os.cpu_count() or 1
-    workers = max(min(len(kernels), processors // 2), 1)
+    workers = max(min(len(kernels), processors - 1), 1)
     deadline = time.monotonic() + TESTS_SHARE * run.left
     marks = "not gpu and not slow" if run.device == "cpu" else "gpu"
 
