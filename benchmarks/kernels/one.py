@@ -1,4 +1,4 @@
-"""One kernel's benchmark, of the GPU where there is one: measured, written and drawn.
+"""One kernel's benchmark, of the GPU where there is one: measured, written and, of a GPU, drawn.
 
     python -m benchmarks.kernels.one NAME [--sweep]
 
@@ -35,7 +35,7 @@ def measure(name: str, ceilings: Ceilings | None = None, sweep: bool = False) ->
     if not torch.cuda.is_available():
         if not hasattr(module, "on_cpu"):
             raise SystemExit(f"{name}: only a CUDA device can be measured.")
-        draw(write(name, module.on_cpu(), details=details))
+        write(name, module.on_cpu(), details=details)
         return
     ceilings = ceilings or gpu_ceilings(REPEATS)
     rows = module.on_gpu(ceilings)

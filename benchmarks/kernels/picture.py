@@ -22,7 +22,7 @@ def draw(results: Path) -> Path | None:
         return None
     import matplotlib
 
-    matplotlib.rcParams["svg.hashsalt"] = "regraft"  # the same file for the same numbers
+    matplotlib.rcParams |= {"svg.hashsalt": "regraft", "svg.fonttype": "none"}  # small, the same for the same numbers
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
