@@ -1,0 +1,637 @@
+"""The LoRAs of a batch whose rows belong to different adapters, of different ranks, from one pool of pages.
+
+For row i of adapter a(i), or of none (−1), and one linear layer of the base model
+
+    y[i] ← y[i] + s_a·(x[i]·A_aᵀ)·B_aᵀ,        A_a ∈ ℝ^{r_a×n},  B_a ∈ ℝ^{m×r_a}
+
+Sources: Punica (arXiv 2310.18547), whose two launches a layer, shrink and expand, serve all adapters of a batch; S-LoRA
+(arXiv 2311.03285), whose kernels gather weights of any rank from pages (MBGMV for single rows, MBGMM for many). Which
+rows are whose is planned once a batch, on the host: rows are put in groups, an adapter each, the largest rank first,
+groups cut into tiles of rows, and tiles into blocks of ranks. A plan serves every layer.
+
+What comes between, h = s·x·Aᵀ, stays in float32. Where n is divided among programs, each writes its own part of h, and
+the expanding kernel adds them, always in the same order: results do not depend on which program ends first. On GPUs
+that can (compute capability 9), programs of the expanding kernel read their weights while the shrinking one still runs
+(programmatic dependent launch).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
+from kernels.page_pool import Module, PagePool
+
+Adapters = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """How a program computes a block of h.
+
+    Args:
+        ranks: of the adapter, in a block.
+        columns: of x, at a time.
+        span: columns in all; 0: as many as leave enough programs to fill a GPU.
+        warps: of a program.
+        stages: of loads that are under way.
+    """
+
+    ranks: int
+    columns: int
+    span: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Expanding:
+    """How a program adds to a block of y.
+
+    Args:
+        columns: of y, for adapters of up to 16 ranks, of up to 32, and of more, which take 64 ranks at a time.
+        warps: of a program.
+        stages: of loads that are under way.
+    """
+
+    columns: tuple[int, int, int]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How work is cut.
+
+    Args:
+        rows: of an adapter, in a tile. One is multiplied without tensor cores, sixteen and more with them.
+            Columns below are for numbers of 16 bits: of 32 bits, programs take half as many.
+        shrink: x to h.
+        expand: h to y.
+    """
+
+    rows: int
+    shrink: Shrinking
+    expand: Expanding
+
+
+# For one row of each adapter (S-LoRA's MBGMV), a few, and prompts (MBGMM).
+SINGLE = Tiling(1, Shrinking(16, 1024, 1024, warps=4, stages=1), Expanding((512, 256, 128), warps=4, stages=1))
+FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1))
+MANY = Tiling(64, Shrinking(64, 64, 0, warps=4, stages=4), Expanding((128, 128, 128), warps=4, stages=2))
+_FROM_FEW, _FROM_MANY = 2, 32  # rows of an adapter, on average
+_PROGRAMS = 256  # that keep a GPU busy
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if triton_is_there():
+    import triton
+    import triton.language as tl
+
+    _INTERPRETED = tl.constexpr(interpreted())
+
+    @triton.jit
+    def _product(left, right, total):  # type: ignore[no-untyped-def]
+        """total [M, N] + left [M, K] · right [K, N]; float32 to its own precision."""
+        if _INTERPRETED:  # the interpreter multiplies bfloat16 as if its bits were integers
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        return tl.dot(left, right, total, input_precision="ieee")
+
+    @triton.jit
+    def _weights(storage, table, ranks, there, pieces, begin, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Of rank rows the columns from `begin` on, [ranks, COLUMNS]; 0 where a rank row is not `there`.
+
+        COLUMNS divides WIDTH and `begin`: they lie in one page.
+        """
+        piece = begin // WIDTH
+        page = tl.load(table + ranks * pieces + piece, mask=there, other=0).to(tl.int64)
+        # What is left of `begin`, said so that the compiler sees that sixteen bytes can be read at a time.
+        number = page[:, None] * WIDTH + (begin - piece * WIDTH + tl.arange(0, COLUMNS))[None, :]
+        return tl.load(storage + number, mask=there[:, None], other=0.0)
+
+    @triton.jit
+    def _shrink(  # type: ignore[no-untyped-def]
+        x,
+        h,
+        storage,
+        table,
+        first,
+        offsets,
+        ranks,
+        scales,
+        order,
+        blocks,
+        directory,
+        n,
+        x_stride,
+        h_stride,
+        span,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        RANKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
+        EARLY: tl.constexpr,
+    ):
+        """h[rows, ranks, part] = s · x[rows, columns] · A[ranks, columns]ᵀ for the columns of a part."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        blocks += tl.program_id(0) * 4
+        slot = tl.load(blocks)
+        begin = tl.load(blocks + 1)
+        count = tl.load(blocks + 2)
+        first_rank = tl.load(blocks + 3)
+        if slot < 0:
+            return
+        rank = tl.load(ranks + directory + slot)
+        if first_rank >= rank:
+            return
+        table += tl.load(first + slot) + tl.load(offsets + directory + slot)
+        scale = tl.load(scales + directory + slot)
+        pieces = tl.cdiv(n, WIDTH)
+        part = tl.program_id(1)
+        start = part * span
+        end = tl.minimum(n, start + span)
+        h += part
+        parts = tl.num_programs(1)
+        j = first_rank + tl.arange(0, RANKS)
+        there = j < rank
+        if ROWS == 1:
+            x += tl.load(order + begin).to(tl.int64) * x_stride
+            sums = tl.zeros([RANKS], tl.float32)
+            for c in tl.range(start, end, COLUMNS, num_stages=STAGES):
+                weights = _weights(storage, table, j, there, pieces, c, WIDTH, COLUMNS)
+                column = c + tl.arange(0, COLUMNS)
+                inputs = tl.load(x + column, mask=column < n, other=0.0)
+                sums += tl.sum(weights.to(tl.float32) * inputs.to(tl.float32)[None, :], 1)
+            tl.store(h + begin.to(tl.int64) * h_stride + j * parts, sums * scale, mask=there)
+        else:
+            row = tl.arange(0, ROWS)
+            live = row < count
+            places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * x_stride
+            total = tl.zeros([ROWS, RANKS], tl.float32)
+            for c in tl.range(start, end, COLUMNS, num_stages=STAGES):
+                weights = _weights(storage, table, j, there, pieces, c, WIDTH, COLUMNS)
+                column = c + tl.arange(0, COLUMNS)
+                inside = live[:, None] & (column < n)[None, :]
+                inputs = tl.load(x + places[:, None] + column[None, :], mask=inside, other=0.0)
+                total = _product(inputs, weights.trans(), total)
+            target = h + (begin + row).to(tl.int64)[:, None] * h_stride + j[None, :] * parts
+            tl.store(target, total * scale, mask=live[:, None] & there[None, :])
+
+    @triton.jit
+    def _expand_block(  # type: ignore[no-untyped-def]
+        y,
+        h,
+        storage,
+        table,
+        order,
+        begin,
+        count,
+        rank,
+        m,
+        y_stride,
+        h_stride,
+        start,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        RANKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
+        ROUND: tl.constexpr,
+        STAGES: tl.constexpr,
+        EARLY: tl.constexpr,
+    ):
+        """y[rows, columns] += Σ_part h[rows, :, part] · Bᵀ[:, columns] for COLUMNS columns from `start` on."""
+        column = start + tl.arange(0, COLUMNS)
+        pieces = tl.cdiv(m, WIDTH)
+        part = tl.arange(0, ROUND)
+        if ROWS == 1:
+            target = y + tl.load(order + begin).to(tl.int64) * y_stride + column
+            total = tl.load(target, mask=column < m, other=0.0).to(tl.float32)
+            h += begin.to(tl.int64) * h_stride
+            for first_rank in tl.range(0, rank, RANKS, num_stages=STAGES):
+                j = first_rank + tl.arange(0, RANKS)
+                weights = _weights(storage, table, j, j < rank, pieces, start, WIDTH, COLUMNS)
+                if EARLY:
+                    tl.extra.cuda.gdc_wait()  # for h
+                entry = h + j[:, None] * PARTS + part[None, :]
+                hidden = tl.sum(tl.load(entry, mask=(j < rank)[:, None] & (part < PARTS)[None, :], other=0.0), 1)
+                total += tl.sum(weights.to(tl.float32) * hidden[:, None], 0)
+            tl.store(target, total.to(y.dtype.element_ty), mask=column < m)
+        else:
+            row = tl.arange(0, ROWS)
+            live = row < count
+            places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * y_stride
+            h += (begin + row).to(tl.int64)[:, None] * h_stride
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for first_rank in tl.range(0, rank, RANKS, num_stages=STAGES):
+                j = first_rank + tl.arange(0, RANKS)
+                weights = _weights(storage, table, j, j < rank, pieces, start, WIDTH, COLUMNS)
+                there = live[:, None] & (j < rank)[None, :]
+                if EARLY:
+                    tl.extra.cuda.gdc_wait()
+                if PARTS == 1:
+                    hidden = tl.load(h + j[None, :], mask=there, other=0.0)
+                else:
+                    entry = h[:, :, None] + j[None, :, None] * PARTS + part[None, None, :]
+                    inside = there[:, :, None] & (part < PARTS)[None, None, :]
+                    hidden = tl.sum(tl.load(entry, mask=inside, other=0.0), 2)
+                if weights.dtype == tl.float32:
+                    total = _product(hidden, weights, total)
+                else:  # two numbers of sixteen bits are nearly one of 32
+                    high = hidden.to(weights.dtype)
+                    low = (hidden - high.to(tl.float32)).to(weights.dtype)
+                    total = _product(low, weights, total)
+                    total = _product(high, weights, total)
+            target = y + places[:, None] + column[None, :]
+            inside = live[:, None] & (column < m)[None, :]
+            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+            tl.store(target, total.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _expand(  # type: ignore[no-untyped-def]
+        y,
+        h,
+        storage,
+        table,
+        first,
+        offsets,
+        ranks,
+        order,
+        tiles,
+        directory,
+        n,
+        m,
+        y_stride,
+        h_stride,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDE: tl.constexpr,
+        MIDDLE: tl.constexpr,
+        NARROW: tl.constexpr,
+        PARTS: tl.constexpr,
+        ROUND: tl.constexpr,
+        STAGES: tl.constexpr,
+        EARLY: tl.constexpr,
+    ):
+        """y += h · Bᵀ for a tile of rows and a block of columns, of which there are more the fewer ranks there are."""
+        tiles += tl.program_id(0) * 4
+        block = tl.program_id(1)
+        slot = tl.load(tiles)
+        begin = tl.load(tiles + 1)
+        count = tl.load(tiles + 2)
+        if slot < 0:
+            return
+        rank = tl.load(ranks + directory + slot)
+        if rank == 0:
+            return
+        table += tl.load(first + slot) + tl.load(offsets + directory + slot) + rank * tl.cdiv(n, WIDTH)  # B is after A
+        if rank <= 16:
+            if block * WIDE < m:
+                _expand_block(
+                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
+                    block * WIDE, WIDTH, ROWS, 16, WIDE, PARTS, ROUND, STAGES, EARLY,
+                )  # fmt: skip
+        elif rank <= 32:
+            if block * MIDDLE < m:
+                _expand_block(
+                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
+                    block * MIDDLE, WIDTH, ROWS, 32, MIDDLE, PARTS, ROUND, STAGES, EARLY,
+                )  # fmt: skip
+        else:
+            if block * NARROW < m:
+                _expand_block(
+                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
+                    block * NARROW, WIDTH, ROWS, 64, NARROW, PARTS, ROUND, STAGES, EARLY,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Which rows of a batch are whose, for every layer.
+
+    Args:
+        pool: that holds the adapters.
+        adapters: [rows], each row's slot, −1: none.
+        tiling: how the work is cut.
+        width: the most ranks of an adapter that there is room for, rounded up to 16.
+        tiles: [tiles, 4] int32 on the pool's device: slot, first position, rows, 0; slot −1 where there is no tile.
+        blocks: [blocks, 4] likewise, of ranks of tiles: the same and the first rank.
+        order: [rows] likewise: the row at each position.
+        buffer: all three.
+        freed: how often each slot had been freed when the plan was made.
+    """
+
+    pool: PagePool
+    adapters: NDArray[np.int64]
+    tiling: Tiling
+    width: int
+    tiles: Tensor
+    blocks: Tensor
+    order: Tensor
+    buffer: Tensor
+    freed: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        """Of the batch."""
+        return len(self.adapters)
+
+
+def plan_batch(
+    pool: PagePool, adapters: Adapters, *, tiling: Tiling | None = None, largest_rank: int | None = None
+) -> BatchPlan:
+    """Sort a batch's rows for `add_multi_lora`, on the host; one copy goes to the device.
+
+    Args:
+        pool: holds the adapters.
+        adapters: for each row the slot of its adapter, −1 for none; on the host.
+        tiling: SINGLE, FEW or MANY; as a rule the one that fits the batch.
+        largest_rank: make room for any adapters of up to this rank: for `replan`, where a CUDA graph is captured.
+
+    Raises:
+        ValueError: a slot is out of range or empty, or an adapter's rank is larger than the largest.
+    """
+    slots = _slots(pool, adapters)
+    tiling = tiling or _tiling(slots)
+    groups = _group(pool, slots, tiling)
+    tiles, blocks, width = len(groups.tiles), len(groups.blocks), groups.width
+    if largest_rank is not None:
+        tiles, blocks = len(slots), len(slots) * -(-largest_rank // tiling.shrink.ranks)
+        width = -(-largest_rank // 16) * 16
+    buffer = torch.empty(4 * (tiles + blocks) + len(slots), dtype=torch.int32, device=pool.device)
+    parts = buffer.split([4 * tiles, 4 * blocks, len(slots)])
+    freed = pool.freed.copy()
+    plan = BatchPlan(pool, slots, tiling, width, parts[0].view(-1, 4), parts[1].view(-1, 4), parts[2], buffer, freed)
+    _upload(plan, groups)
+    return plan
+
+
+def replan(plan: BatchPlan, adapters: Adapters) -> BatchPlan:
+    """The plan of another batch of as many rows, in the device memory of an earlier plan, which ends with that.
+
+    Launches that a CUDA graph has captured with the earlier plan compute the new batch when they are replayed.
+
+    Raises:
+        ValueError: as `plan_batch`; there are more or fewer rows, or the plan has no room for so much.
+    """
+    slots = _slots(plan.pool, adapters)
+    if len(slots) != plan.rows:
+        raise ValueError(f"The plan is for {plan.rows} rows, not {len(slots)}.")
+    plan = replace(plan, adapters=slots, freed=plan.pool.freed.copy())
+    _upload(plan, _group(plan.pool, slots, plan.tiling))
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """A plan's content, as long as it is."""
+
+    tiles: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    order: NDArray[np.int64]
+    width: int
+
+
+def _slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
+    slots = np.asarray(adapters)
+    if slots.ndim != 1 or (len(slots) and not np.issubdtype(slots.dtype, np.integer)):
+        raise ValueError("Adapters are a vector of integers, a slot for each row.")
+    slots = slots.astype(np.int64)
+    if len(slots) and not -1 <= slots.min() <= slots.max() < pool.slots:
+        raise ValueError(f"Slots are −1 … {pool.slots - 1}, not {slots.min()} … {slots.max()}.")
+    empty = set(slots.tolist()) - pool.tenants - {-1}
+    if empty:
+        raise ValueError(f"There is no adapter in slot {min(empty)}.")
+    return slots
+
+
+def _tiling(slots: NDArray[np.int64]) -> Tiling:
+    own = slots[slots >= 0]
+    mean = len(own) / max(len(np.unique(own)), 1)
+    return SINGLE if mean < _FROM_FEW else FEW if mean < _FROM_MANY else MANY
+
+
+def _group(pool: PagePool, slots: NDArray[np.int64], tiling: Tiling) -> _Groups:
+    ranks = np.where(slots < 0, 0, pool.host_largest[slots])
+    order = np.lexsort((slots, -ranks))  # the largest first: what is left for the end is small
+    order = order[: np.count_nonzero(ranks)]
+    sorted_slots, sorted_ranks = slots[order], ranks[order]
+    begins = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
+    counts = np.diff(begins, append=len(order))
+    begin, first = _cut(counts, tiling.rows)
+    first += begins[begin]
+    size = np.minimum((begins + counts)[begin] - first, tiling.rows)
+    tiles = np.stack([sorted_slots[first], first, size, np.zeros_like(first)], 1)
+    tile, first_rank = _cut(sorted_ranks[first], tiling.shrink.ranks)
+    blocks = tiles[tile]
+    blocks[:, 3] = first_rank
+    return _Groups(tiles, blocks, order, -(-int(ranks.max(initial=0)) // 16) * 16)
+
+
+def _cut(lengths: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each length in pieces of a size: of each piece, whose it is and where it begins."""
+    pieces = -(-lengths.astype(np.int64) // size)
+    whose = np.repeat(np.arange(len(lengths)), pieces)
+    return whose, (np.arange(len(whose)) - (np.cumsum(pieces) - pieces)[whose]) * size
+
+
+def _upload(plan: BatchPlan, groups: _Groups) -> None:
+    if groups.width > plan.width or len(groups.tiles) > len(plan.tiles) or len(groups.blocks) > len(plan.blocks):
+        raise ValueError(
+            f"The plan has room for {len(plan.tiles)} tiles, {len(plan.blocks)} blocks and rank {plan.width}; the "
+            f"batch needs {len(groups.tiles)}, {len(groups.blocks)} and {groups.width}: plan with a `largest_rank`."
+        )
+    # The allocator of pinned memory hands this out again only when it has been copied.
+    host = torch.full(plan.buffer.shape, -1, dtype=torch.int32, pin_memory=plan.buffer.is_cuda)
+    content, at = host.numpy(), 0
+    for there, part in ((plan.tiles, groups.tiles), (plan.blocks, groups.blocks), (plan.order, groups.order)):
+        content[at : at + part.size] = part.reshape(-1)
+        at += there.numel()
+    plan.buffer.copy_(host, non_blocking=True)
+
+
+def multi_lora_reference(x: Tensor, adapters: Adapters, pool: PagePool, module: str) -> Tensor:
+    """What `add_multi_lora` adds, row by row."""
+    added = x.new_zeros(len(x), pool.modules[module].outputs)
+    for row, slot in enumerate(_slots(pool, adapters).tolist()):
+        lora = pool.read(slot).get(module) if slot >= 0 else None
+        if lora is not None:
+            added[row] = lora.scale * ((x[row] @ lora.A.T) @ lora.B.T)
+    return added
+
+
+def add_multi_lora(y: Tensor, x: Tensor, plan: BatchPlan, module: str) -> None:
+    """y[i] += s_a·(x[i]·A_aᵀ)·B_aᵀ for each row's adapter a, in place; without a gradient.
+
+    Args:
+        y: [rows, m], what the base layer gives, rows of any stride; of the pool's dtype and device.
+        x: [rows, n], likewise.
+        plan: of the batch.
+        module: name of the layer. Adapters that leave it alone add nothing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit the plan's pool; one of the plan's adapters has been
+            removed since; or a gradient would be lost.
+    """
+    pool = plan.pool
+    if module not in pool.modules:
+        raise ValueError(f"The pool has no module {module}.")
+    layer = pool.modules[module]
+    _check(y, x, plan, layer)
+    if not len(plan.tiles):
+        return
+    if not runs_on_triton(pool.storage) or pool.storage.dtype not in _KERNEL_DTYPES:
+        sparse = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
+        (_add_by_pages if sparse else _add_by_adapters)(y.detach(), x.detach(), plan, layer)
+        return
+    # A kernel is launched on the current device, whatever its arguments are on.
+    with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
+        _launch(y, x, plan, layer)
+
+
+def _check(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
+    pool = plan.pool
+    for name, tensor, columns in (("x", x, module.inputs), ("y", y, module.outputs)):
+        if tensor.shape != (plan.rows, columns):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; the plan and the module need {(plan.rows, columns)}.")
+        if (tensor.dtype, tensor.device) != (pool.storage.dtype, pool.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, the pool {pool.storage.dtype} on {pool.device}."
+            )
+        if columns > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"The rows of {name} must be contiguous.")
+    if plan.rows > 1 and y.stride(0) < module.outputs:
+        raise ValueError("The rows of y must not overlap.")
+    if not (pool.table.is_contiguous() and pool.storage.is_contiguous() and plan.buffer.is_contiguous()):
+        raise ValueError("The pool's storage, its page table and the plan must be contiguous.")
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise ValueError("What is added in place has no gradient: use torch.no_grad.")
+    own = plan.adapters[plan.adapters >= 0]
+    if not np.array_equal(plan.freed[own], pool.freed[own]):
+        raise ValueError("An adapter of the plan has been removed from the pool: plan anew.")
+
+
+def _launch(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
+    pool, rows, shrink, expand = plan.pool, plan.tiling.rows, plan.tiling.shrink, plan.tiling.expand
+    n, m = module.inputs, module.outputs
+    most, wider = pool.width & -pool.width, pool.storage.element_size() // 2  # `most` is a power of two
+    columns = min(shrink.columns // wider, most)
+    span = shrink.span or _span(n, columns, len(plan.blocks))
+    parts = triton.cdiv(n, span)
+    h = torch.empty(plan.rows, plan.width, parts, dtype=torch.float32, device=y.device)
+    early = rows <= FEW.rows and _overlaps(y.device)
+    common: dict[str, Any] = {"WIDTH": pool.width, "ROWS": rows, "EARLY": early}
+    _shrink[(len(plan.blocks), parts)](
+        x,
+        h,
+        pool.storage,
+        pool.table,
+        pool.first,
+        pool.offsets,
+        pool.ranks,
+        pool.scales,
+        plan.order,
+        plan.blocks,
+        module.index * pool.slots,
+        n,
+        x.stride(0),
+        h.stride(0),
+        span,
+        **common,
+        RANKS=shrink.ranks,
+        COLUMNS=columns,
+        STAGES=shrink.stages,
+        num_warps=shrink.warps,
+    )
+    wide, middle, narrow = (min(each // wider, most) for each in expand.columns)
+    _expand[(len(plan.tiles), triton.cdiv(m, min(wide, middle, narrow)))](
+        y,
+        h,
+        pool.storage,
+        pool.table,
+        pool.first,
+        pool.offsets,
+        pool.ranks,
+        plan.order,
+        plan.tiles,
+        module.index * pool.slots,
+        n,
+        m,
+        y.stride(0),
+        h.stride(0),
+        **common,
+        WIDE=wide,
+        MIDDLE=middle,
+        NARROW=narrow,
+        PARTS=parts,
+        ROUND=triton.next_power_of_2(parts),
+        STAGES=expand.stages,
+        num_warps=expand.warps,
+        **({"launch_pdl": True} if early else {}),
+    )
+
+
+def _span(n: int, columns: int, blocks: int) -> int:
+    """Columns of a part, so that one, two, four or eight parts of n make enough programs."""
+    parts = min(triton.next_power_of_2(triton.cdiv(_PROGRAMS, blocks)), 8)
+    return triton.cdiv(triton.cdiv(n, columns), parts) * columns
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one that it waits for has ended."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
+    """On the CPU: a batch is a sparse matrix, rows × pages, with an entry where a page is a row's adapter's.
+
+    Its entries are products of x with pages of A, computed where they are wanted only, and y is the sum that they weigh
+    of pages of B. A page is read where it lies.
+    """
+    pool, width = plan.pool, plan.pool.width
+    order = np.argsort(plan.adapters, kind="stable")  # an adapter's rows find its pages in the cache
+    order = order[np.count_nonzero(plan.adapters < 0) :]
+    slots = plan.adapters[order]
+    ranks = pool.host_ranks[module.index, slots].astype(np.int64)
+    inputs, outputs = -(-module.inputs // width), -(-module.outputs // width)
+    begin = pool.host_first[slots] + pool.host_offsets[module.index, slots]
+    row, rank = _cut(ranks, 1)
+    A, B = begin[row] + rank * inputs, (begin + ranks * inputs)[row] + rank * outputs
+    rows, ends = torch.from_numpy(order), torch.from_numpy(np.concatenate([[0], np.cumsum(ranks)]))
+    x = functional.pad(x[rows], (0, inputs * width - module.inputs))
+    hidden = x.new_zeros(len(row))
+    for piece in range(inputs):
+        pages = torch.from_numpy(pool.host_table[A + piece].astype(np.int64))
+        size = len(order), len(pool.storage)
+        entries = torch.sparse_csr_tensor(ends, pages, hidden, size, check_invariants=False)
+        part = x[:, piece * width : (piece + 1) * width]
+        hidden = torch.sparse.sampled_addmm(entries, part, pool.storage.T).values()
+    hidden *= torch.from_numpy(pool.host_scales[module.index, slots][row]).to(x.dtype)
+    for piece in range(outputs):
+        pages = torch.from_numpy(pool.host_table[B + piece].astype(np.int64))
+        sums = functional.embedding_bag(pages, pool.storage, ends[:-1], mode="sum", per_sample_weights=hidden)
+        part = y[:, piece * width : (piece + 1) * width]
+        part.index_add_(0, rows, sums[:, : part.shape[1]])
+
+
+def _add_by_adapters(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
+    """One adapter after the other, where neither kernels nor sparse products are."""
+    pool = plan.pool
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for slot in np.unique(plan.adapters[plan.adapters >= 0]):
+        rank = int(pool.host_ranks[module.index, slot])
+        if not rank:
+            continue
+        A, B = (pages.to(wide) for pages in pool.rank_rows(int(slot), module))
+        rows = torch.from_numpy(np.flatnonzero(plan.adapters == slot)).to(y.device)
+        hidden = float(pool.host_scales[module.index, slot]) * (x[rows].to(wide) @ A.T)
+        y[rows] = (y[rows].to(wide) + hidden @ B).to(y.dtype)

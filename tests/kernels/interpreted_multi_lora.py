@@ -1,0 +1,95 @@
+"""Run by test_multi_lora.py in a process of its own: prints, for each case, how far kernels and float64 are apart."""
+
+import json
+import sys
+
+import torch
+
+from kernels.dispatch import runs_on_triton
+from kernels.multi_lora import FEW, MANY, SINGLE, Tiling, add_multi_lora, plan_batch, replan
+from tests.kernels.adapters import DTYPES, expected, scattered_pool
+from tests.kernels.packed import error, inputs
+
+TILINGS = {"single": SINGLE, "few": FEW, "many": MANY}
+# Inputs, outputs, page width: rank rows of one page and of several, whole pages and not, columns that no power of two
+# divides, one column, pages that no power of two above 64 divides.
+SHAPES = ((64, 64, 64), (130, 70, 64), (1, 200, 128), (96, 1, 192), (2100, 1056, 1024))
+RANKS = (1, 16, 0, 33, 70)
+# Groups of one row and of more than a tile, in any order; rows of no adapter, and of one that leaves the module alone.
+BATCH = (0, 3, 1, -1, 2, 4, 0, 1, -1, *[3] * 18, *[1] * 67, 4)
+
+
+def case(shape: tuple[int, int, int], name: str, tiling: Tiling, device: str) -> dict[str, float | bool]:
+    n, m, width = shape
+    dtype = getattr(torch, name)
+    pool, loras = scattered_pool(n, m, width, RANKS, dtype, device)
+    found: dict[str, float | bool] = {"kernel": runs_on_triton(pool.storage)}
+    for what, batch in (("mixed", BATCH), ("one row", (3,)), ("few rows", (1, 0, 3, 4))):
+        x, y = (inputs(len(batch), columns + 5, dtype, False, device)[:, :columns] for columns in (n, m))
+        beyond = y.as_strided((len(batch), 5), y.stride(), m).clone()
+        total = expected(y, x, batch, loras)
+        add_multi_lora(y, x, plan_batch(pool, batch, tiling=tiling), "layer")
+        found[what] = error(y, total)
+        found[f"{what}: nothing beyond y is written"] = torch.equal(y.as_strided(beyond.shape, y.stride(), m), beyond)
+    return found
+
+
+def again(device: str) -> bool:
+    """Bit for bit the same, with n divided among programs, too."""
+    pool, _ = scattered_pool(2100, 200, 64, RANKS, torch.float32, device)
+    x = inputs(len(BATCH), 2100, torch.float32, False, device)
+    same = []
+    for tiling in TILINGS.values():
+        results = [torch.zeros(len(BATCH), 200, device=device) for _ in range(2)]
+        for y in results:
+            add_multi_lora(y, x, plan_batch(pool, BATCH, tiling=tiling), "layer")
+        same.append(torch.equal(*results))
+    return all(same)
+
+
+def replanned(device: str) -> float:
+    """A plan with room to spare, and the plan of another batch in its memory."""
+    pool, loras = scattered_pool(130, 70, 64, RANKS, torch.float32, device)
+    first, second = (0, -1, 1, 0, 2), (3, 4, -1, 4, 4)
+    errors = []
+    for tiling in TILINGS.values():
+        plan = plan_batch(pool, first, tiling=tiling, largest_rank=70)
+        for batch in (first, second):
+            plan = replan(plan, batch)
+            x, y = (inputs(5, columns, torch.float32, False, device) for columns in (130, 70))
+            total = expected(y, x, batch, loras)
+            add_multi_lora(y, x, plan, "layer")
+            errors.append(error(y, total))
+    return max(errors)
+
+
+def captured(device: str) -> float:
+    """A CUDA graph computes the batch that its plan's memory holds when it is replayed."""
+    if device != "cuda":
+        return 0.0
+    pool, loras = scattered_pool(130, 70, 64, RANKS, torch.float32, device)
+    x, y = (inputs(5, columns, torch.float32, False, device) for columns in (130, 70))
+    plan = plan_batch(pool, (-1,) * 5, tiling=SINGLE, largest_rank=70)
+    add_multi_lora(y, x, plan, "layer")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add_multi_lora(y, x, plan, "layer")
+    errors = []
+    for batch in ((0, -1, 1, 0, 2), (3, 4, -1, 4, 4)):
+        total = expected(y, x, batch, loras)
+        plan = replan(plan, batch)
+        graph.replay()
+        errors.append(error(y, total))
+    return max(errors)
+
+
+if __name__ == "__main__":
+    device = sys.argv[1]
+    cases = {
+        f"{n}x{m} of {width}, {kind}, {dtype}": case((n, m, width), dtype, tiling, device)
+        for n, m, width in SHAPES
+        for kind, tiling in TILINGS.items()
+        for dtype in DTYPES
+    }
+    others = {"again": again(device), "replanned": replanned(device), "captured": captured(device)}
+    print(json.dumps({"cases": cases, "others": others}))
