@@ -115,7 +115,7 @@ if triton_is_there():
         number = page[:, None] * WIDTH + (begin - piece * WIDTH + tl.arange(0, COLUMNS))[None, :]
         return tl.load(storage + number, mask=there[:, None], other=0.0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["directory"])  # type: ignore[untyped-decorator]
     def _shrink(  # type: ignore[no-untyped-def]
         x,
         h,
@@ -255,7 +255,7 @@ if triton_is_there():
             total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
             tl.store(target, total.to(y.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["directory"])  # type: ignore[untyped-decorator]
     def _expand(  # type: ignore[no-untyped-def]
         y,
         h,
