@@ -103,7 +103,7 @@ if triton_is_there():
             left, right = left.to(tl.float32), right.to(tl.float32)
         return tl.dot(left, right, total, input_precision="ieee")
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _weights(storage, table, ranks, there, pieces, begin, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
         """Of rank rows the columns from `begin` on, [ranks, COLUMNS]; 0 where a rank row is not `there`.
 
@@ -185,7 +185,7 @@ if triton_is_there():
             target = h + (begin + row).to(tl.int64)[:, None] * h_stride + j[None, :] * parts
             tl.store(target, total * scale, mask=live[:, None] & there[None, :])
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _expand_block(  # type: ignore[no-untyped-def]
         y,
         h,
@@ -367,9 +367,9 @@ def plan_batch(
         tiles, blocks = len(slots), len(slots) * -(-largest_rank // tiling.shrink.ranks)
         width = -(-largest_rank // 16) * 16
     buffer = torch.empty(4 * (tiles + blocks) + len(slots), dtype=torch.int32, device=pool.device)
-    parts = buffer.split([4 * tiles, 4 * blocks, len(slots)])
-    freed = pool.freed.copy()
-    plan = BatchPlan(pool, slots, tiling, width, parts[0].view(-1, 4), parts[1].view(-1, 4), parts[2], buffer, freed)
+    end = 4 * (tiles + blocks)
+    parts = buffer[: 4 * tiles].view(-1, 4), buffer[4 * tiles : end].view(-1, 4), buffer[end:]
+    plan = BatchPlan(pool, slots, tiling, width, *parts, buffer, pool.freed.copy())
     _upload(plan, groups)
     return plan
 
@@ -581,8 +581,8 @@ def _launch(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
 
 def _span(n: int, columns: int, blocks: int) -> int:
     """Columns of a part, so that one, two, four or eight parts of n make enough programs."""
-    parts = min(triton.next_power_of_2(triton.cdiv(_PROGRAMS, blocks)), 8)
-    return triton.cdiv(triton.cdiv(n, columns), parts) * columns
+    parts = next(parts for parts in (1, 2, 4, 8) if parts * blocks >= _PROGRAMS or parts == 8)
+    return -(-n // columns // parts) * columns
 
 
 @cache
