@@ -15,6 +15,7 @@ that can (compute capability 9), programs of the expanding kernel read their wei
 (programmatic dependent launch).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -326,7 +327,7 @@ class BatchPlan:
         blocks: [blocks, 4] likewise, of ranks of tiles: the same and the first rank.
         order: [rows] likewise: the row at each position.
         buffer: all three.
-        freed: how often each slot had been freed when the plan was made.
+        removals: how many adapters had been removed from each slot, and in all, when the plan was made.
     """
 
     pool: PagePool
@@ -337,7 +338,7 @@ class BatchPlan:
     blocks: Tensor
     order: Tensor
     buffer: Tensor
-    freed: NDArray[np.int64]
+    removals: tuple[NDArray[np.int64], int]
 
     @property
     def rows(self) -> int:
@@ -369,7 +370,7 @@ def plan_batch(
     buffer = torch.empty(4 * (tiles + blocks) + len(slots), dtype=torch.int32, device=pool.device)
     end = 4 * (tiles + blocks)
     parts = buffer[: 4 * tiles].view(-1, 4), buffer[4 * tiles : end].view(-1, 4), buffer[end:]
-    plan = BatchPlan(pool, slots, tiling, width, *parts, buffer, pool.freed.copy())
+    plan = BatchPlan(pool, slots, tiling, width, *parts, buffer, _removals(pool))
     _upload(plan, groups)
     return plan
 
@@ -385,7 +386,7 @@ def replan(plan: BatchPlan, adapters: Adapters) -> BatchPlan:
     slots = _slots(plan.pool, adapters)
     if len(slots) != plan.rows:
         raise ValueError(f"The plan is for {plan.rows} rows, not {len(slots)}.")
-    plan = replace(plan, adapters=slots, freed=plan.pool.freed.copy())
+    plan = replace(plan, adapters=slots, removals=_removals(plan.pool))
     _upload(plan, _group(plan.pool, slots, plan.tiling))
     return plan
 
@@ -400,6 +401,10 @@ class _Groups:
     width: int
 
 
+def _removals(pool: PagePool) -> tuple[NDArray[np.int64], int]:
+    return pool.removed.copy(), pool.removals
+
+
 def _slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
     slots = np.asarray(adapters)
     if slots.ndim != 1 or (len(slots) and not np.issubdtype(slots.dtype, np.integer)):
@@ -407,9 +412,9 @@ def _slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
     slots = slots.astype(np.int64)
     if len(slots) and not -1 <= slots.min() <= slots.max() < pool.slots:
         raise ValueError(f"Slots are −1 … {pool.slots - 1}, not {slots.min()} … {slots.max()}.")
-    empty = set(slots.tolist()) - pool.tenants - {-1}
-    if empty:
-        raise ValueError(f"There is no adapter in slot {min(empty)}.")
+    for slot in set(slots.tolist()) - {-1}:
+        if slot not in pool.tenants:
+            raise ValueError(f"There is no adapter in slot {slot}.")
     return slots
 
 
@@ -514,8 +519,8 @@ def _check(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
         raise ValueError("The pool's storage, its page table and the plan must be contiguous.")
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise ValueError("What is added in place has no gradient: use torch.no_grad.")
-    own = plan.adapters[plan.adapters >= 0]
-    if not np.array_equal(plan.freed[own], pool.freed[own]):
+    removed, before = plan.removals
+    if pool.removals != before and (removed != pool.removed)[plan.adapters[plan.adapters >= 0]].any():
         raise ValueError("An adapter of the plan has been removed from the pool: plan anew.")
 
 
@@ -597,6 +602,7 @@ def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None
     Its entries are products of x with pages of A, computed where they are wanted only, and y is the sum that they weigh
     of pages of B. A page is read where it lies.
     """
+    _expect_beta()
     pool, width = plan.pool, plan.pool.width
     order = np.argsort(plan.adapters, kind="stable")  # an adapter's rows find its pages in the cache
     order = order[np.count_nonzero(plan.adapters < 0) :]
@@ -606,8 +612,10 @@ def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None
     begin = pool.host_first[slots] + pool.host_offsets[module.index, slots]
     row, rank = _cut(ranks, 1)
     A, B = begin[row] + rank * inputs, (begin + ranks * inputs)[row] + rank * outputs
-    rows, ends = torch.from_numpy(order), torch.from_numpy(np.concatenate([[0], np.cumsum(ranks)]))
-    x = functional.pad(x[rows], (0, inputs * width - module.inputs))
+    rows, ends = torch.from_numpy(order), torch.from_numpy(np.append(0, np.cumsum(ranks)))
+    x = x.index_select(0, rows)
+    if x.shape[1] % width:
+        x = functional.pad(x, (0, -x.shape[1] % width))
     hidden = x.new_zeros(len(row))
     for piece in range(inputs):
         pages = torch.from_numpy(pool.host_table[A + piece].astype(np.int64))
@@ -621,6 +629,14 @@ def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None
         sums = functional.embedding_bag(pages, pool.storage, ends[:-1], mode="sum", per_sample_weights=hidden)
         part = y[:, piece * width : (piece + 1) * width]
         part.index_add_(0, rows, sums[:, : part.shape[1]])
+
+
+@cache
+def _expect_beta() -> None:
+    """PyTorch says once that sparse tensors may change: whoever serves adapters can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (0, 0))
 
 
 def _add_by_adapters(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:

@@ -12,7 +12,7 @@ rank row's last page: nothing where the width divides n and m (the greatest comm
 The scale of an adapter is kept beside it, not multiplied into it: weights are read back as they came.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
@@ -178,7 +178,8 @@ class PagePool:
         self.allocator = PageAllocator(pages)
         self.storage = torch.zeros(pages, width, dtype=dtype, device=device)
         self.device = self.storage.device
-        self.freed = np.zeros(slots, dtype=np.int64)  # how often each slot was: who planned for its tenant can tell
+        # How many adapters have left each slot, and in all: who made a plan with one of them can tell.
+        self.removed, self.removals = np.zeros(slots, dtype=np.int64), 0
         self.host_first, self.host_ranks, self.host_offsets, self.host_scales = (
             np.zeros(slots, dtype=np.int32),
             np.zeros((len(modules), slots), dtype=np.int32),
@@ -201,9 +202,9 @@ class PagePool:
         return len(self.host_first)
 
     @property
-    def tenants(self) -> frozenset[int]:
+    def tenants(self) -> KeysView[int]:
         """The slots that hold an adapter."""
-        return frozenset(self._lengths)
+        return self._lengths.keys()
 
     def pages_of(self, adapter: Mapping[str, Lora]) -> int:
         """How many pages an adapter takes."""
@@ -258,7 +259,8 @@ class PagePool:
         """
         self.allocator.release(self.pages(slot))
         del self._lengths[slot]
-        self.freed[slot] += 1
+        self.removed[slot] += 1
+        self.removals += 1
         self.host_ranks[:, slot] = 0
         self._tell(slot)  # of rank 0: a launch that should not be adds nothing
 
