@@ -6,8 +6,7 @@ For row i of adapter a(i), or of none (−1), and one linear layer of the base m
 
 Sources: Punica (arXiv 2310.18547), whose two launches a layer, shrink and expand, serve all adapters of a batch; S-LoRA
 (arXiv 2311.03285), whose kernels gather weights of any rank from pages (MBGMV for single rows, MBGMM for many). Which
-rows are whose is planned once a batch, on the host: rows are put in groups, an adapter each, the largest rank first,
-groups cut into tiles of rows, and tiles into blocks of ranks. A plan serves every layer.
+rows are whose is planned once a batch (`kernels.batch_plan`), for every layer: rows of one adapter make tiles.
 
 What comes between, h = s·x·Aᵀ, stays in float32. Where n is divided among programs, each writes its own part of h, and
 the expanding kernel adds them, always in the same order: results do not depend on which program ends first. On GPUs
@@ -16,78 +15,18 @@ that can (compute capability 9), programs of the expanding kernel read their wei
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.batch_plan import FEW, Adapters, BatchPlan, checked_slots, cut
 from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 from kernels.page_pool import Module, PagePool
 
-Adapters = Sequence[int] | NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class Shrinking:
-    """How a program computes a block of h.
-
-    Args:
-        ranks: of the adapter, in a block.
-        columns: of x, at a time.
-        span: columns in all; 0: as many as leave enough programs to fill a GPU.
-        warps: of a program.
-        stages: of loads that are under way.
-    """
-
-    ranks: int
-    columns: int
-    span: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Expanding:
-    """How a program adds to a block of y.
-
-    Args:
-        columns: of y, for adapters of up to 16 ranks, of up to 32, and of more, which take 64 ranks at a time.
-        warps: of a program.
-        stages: of loads that are under way.
-    """
-
-    columns: tuple[int, int, int]
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How work is cut.
-
-    Args:
-        rows: of an adapter, in a tile. One is multiplied without tensor cores, sixteen and more with them.
-            Columns below are for numbers of 16 bits: of 32 bits, programs take half as many.
-        shrink: x to h.
-        expand: h to y.
-    """
-
-    rows: int
-    shrink: Shrinking
-    expand: Expanding
-
-
-# For one row of each adapter (S-LoRA's MBGMV), a few, and prompts (MBGMM).
-SINGLE = Tiling(1, Shrinking(16, 1024, 1024, warps=4, stages=1), Expanding((512, 256, 128), warps=4, stages=1))
-FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1))
-MANY = Tiling(64, Shrinking(64, 64, 0, warps=4, stages=4), Expanding((128, 128, 128), warps=4, stages=2))
-_FROM_FEW, _FROM_MANY = 2, 32  # rows of an adapter, on average
 _PROGRAMS = 256  # that keep a GPU busy
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -314,159 +253,10 @@ if triton_is_there():
                 )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class BatchPlan:
-    """Which rows of a batch are whose, for every layer.
-
-    Args:
-        pool: that holds the adapters.
-        adapters: [rows], each row's slot, −1: none.
-        tiling: how the work is cut.
-        width: the most ranks of an adapter that there is room for, rounded up to 16.
-        tiles: [tiles, 4] int32 on the pool's device: slot, first position, rows, 0; slot −1 where there is no tile.
-        blocks: [blocks, 4] likewise, of ranks of tiles: the same and the first rank.
-        order: [rows] likewise: the row at each position.
-        buffer: all three.
-        removals: how many adapters had been removed from each slot, and in all, when the plan was made.
-    """
-
-    pool: PagePool
-    adapters: NDArray[np.int64]
-    tiling: Tiling
-    width: int
-    tiles: Tensor
-    blocks: Tensor
-    order: Tensor
-    buffer: Tensor
-    removals: tuple[NDArray[np.int64], int]
-
-    @property
-    def rows(self) -> int:
-        """Of the batch."""
-        return len(self.adapters)
-
-
-def plan_batch(
-    pool: PagePool, adapters: Adapters, *, tiling: Tiling | None = None, largest_rank: int | None = None
-) -> BatchPlan:
-    """Sort a batch's rows for `add_multi_lora`, on the host; one copy goes to the device.
-
-    Args:
-        pool: holds the adapters.
-        adapters: for each row the slot of its adapter, −1 for none; on the host.
-        tiling: SINGLE, FEW or MANY; as a rule the one that fits the batch.
-        largest_rank: make room for any adapters of up to this rank: for `replan`, where a CUDA graph is captured.
-
-    Raises:
-        ValueError: a slot is out of range or empty, or an adapter's rank is larger than the largest.
-    """
-    slots = _slots(pool, adapters)
-    tiling = tiling or _tiling(slots)
-    groups = _group(pool, slots, tiling)
-    tiles, blocks, width = len(groups.tiles), len(groups.blocks), groups.width
-    if largest_rank is not None:
-        tiles, blocks = len(slots), len(slots) * -(-largest_rank // tiling.shrink.ranks)
-        width = -(-largest_rank // 16) * 16
-    buffer = torch.empty(4 * (tiles + blocks) + len(slots), dtype=torch.int32, device=pool.device)
-    end = 4 * (tiles + blocks)
-    parts = buffer[: 4 * tiles].view(-1, 4), buffer[4 * tiles : end].view(-1, 4), buffer[end:]
-    plan = BatchPlan(pool, slots, tiling, width, *parts, buffer, _removals(pool))
-    _upload(plan, groups)
-    return plan
-
-
-def replan(plan: BatchPlan, adapters: Adapters) -> BatchPlan:
-    """The plan of another batch of as many rows, in the device memory of an earlier plan, which ends with that.
-
-    Launches that a CUDA graph has captured with the earlier plan compute the new batch when they are replayed.
-
-    Raises:
-        ValueError: as `plan_batch`; there are more or fewer rows, or the plan has no room for so much.
-    """
-    slots = _slots(plan.pool, adapters)
-    if len(slots) != plan.rows:
-        raise ValueError(f"The plan is for {plan.rows} rows, not {len(slots)}.")
-    plan = replace(plan, adapters=slots, removals=_removals(plan.pool))
-    _upload(plan, _group(plan.pool, slots, plan.tiling))
-    return plan
-
-
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """A plan's content, as long as it is."""
-
-    tiles: NDArray[np.int64]
-    blocks: NDArray[np.int64]
-    order: NDArray[np.int64]
-    width: int
-
-
-def _removals(pool: PagePool) -> tuple[NDArray[np.int64], int]:
-    return pool.removed.copy(), pool.removals
-
-
-def _slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
-    slots = np.asarray(adapters)
-    if slots.ndim != 1 or (len(slots) and not np.issubdtype(slots.dtype, np.integer)):
-        raise ValueError("Adapters are a vector of integers, a slot for each row.")
-    slots = slots.astype(np.int64)
-    if len(slots) and not -1 <= slots.min() <= slots.max() < pool.slots:
-        raise ValueError(f"Slots are −1 … {pool.slots - 1}, not {slots.min()} … {slots.max()}.")
-    for slot in set(slots.tolist()) - {-1}:
-        if slot not in pool.tenants:
-            raise ValueError(f"There is no adapter in slot {slot}.")
-    return slots
-
-
-def _tiling(slots: NDArray[np.int64]) -> Tiling:
-    own = slots[slots >= 0]
-    mean = len(own) / max(len(np.unique(own)), 1)
-    return SINGLE if mean < _FROM_FEW else FEW if mean < _FROM_MANY else MANY
-
-
-def _group(pool: PagePool, slots: NDArray[np.int64], tiling: Tiling) -> _Groups:
-    ranks = np.where(slots < 0, 0, pool.host_largest[slots])
-    order = np.lexsort((slots, -ranks))  # the largest first: what is left for the end is small
-    order = order[: np.count_nonzero(ranks)]
-    sorted_slots, sorted_ranks = slots[order], ranks[order]
-    begins = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
-    counts = np.diff(begins, append=len(order))
-    begin, first = _cut(counts, tiling.rows)
-    first += begins[begin]
-    size = np.minimum((begins + counts)[begin] - first, tiling.rows)
-    tiles = np.stack([sorted_slots[first], first, size, np.zeros_like(first)], 1)
-    tile, first_rank = _cut(sorted_ranks[first], tiling.shrink.ranks)
-    blocks = tiles[tile]
-    blocks[:, 3] = first_rank
-    return _Groups(tiles, blocks, order, -(-int(ranks.max(initial=0)) // 16) * 16)
-
-
-def _cut(lengths: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each length in pieces of a size: of each piece, whose it is and where it begins."""
-    pieces = -(-lengths.astype(np.int64) // size)
-    whose = np.repeat(np.arange(len(lengths)), pieces)
-    return whose, (np.arange(len(whose)) - (np.cumsum(pieces) - pieces)[whose]) * size
-
-
-def _upload(plan: BatchPlan, groups: _Groups) -> None:
-    if groups.width > plan.width or len(groups.tiles) > len(plan.tiles) or len(groups.blocks) > len(plan.blocks):
-        raise ValueError(
-            f"The plan has room for {len(plan.tiles)} tiles, {len(plan.blocks)} blocks and rank {plan.width}; the "
-            f"batch needs {len(groups.tiles)}, {len(groups.blocks)} and {groups.width}: plan with a `largest_rank`."
-        )
-    # The allocator of pinned memory hands this out again only when it has been copied.
-    host = torch.full(plan.buffer.shape, -1, dtype=torch.int32, pin_memory=plan.buffer.is_cuda)
-    content, at = host.numpy(), 0
-    for there, part in ((plan.tiles, groups.tiles), (plan.blocks, groups.blocks), (plan.order, groups.order)):
-        content[at : at + part.size] = part.reshape(-1)
-        at += there.numel()
-    plan.buffer.copy_(host, non_blocking=True)
-
-
 def multi_lora_reference(x: Tensor, adapters: Adapters, pool: PagePool, module: str) -> Tensor:
     """What `add_multi_lora` adds, row by row."""
     added = x.new_zeros(len(x), pool.modules[module].outputs)
-    for row, slot in enumerate(_slots(pool, adapters).tolist()):
+    for row, slot in enumerate(checked_slots(pool, adapters).tolist()):
         lora = pool.read(slot).get(module) if slot >= 0 else None
         if lora is not None:
             added[row] = lora.scale * ((x[row] @ lora.A.T) @ lora.B.T)
@@ -519,9 +309,7 @@ def _check(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
         raise ValueError("The pool's storage, its page table and the plan must be contiguous.")
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise ValueError("What is added in place has no gradient: use torch.no_grad.")
-    removed, before = plan.removals
-    if pool.removals != before and (removed != pool.removed)[plan.adapters[plan.adapters >= 0]].any():
-        raise ValueError("An adapter of the plan has been removed from the pool: plan anew.")
+    plan.check()
 
 
 def _launch(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
@@ -610,7 +398,7 @@ def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None
     ranks = pool.host_ranks[module.index, slots].astype(np.int64)
     inputs, outputs = -(-module.inputs // width), -(-module.outputs // width)
     begin = pool.host_first[slots] + pool.host_offsets[module.index, slots]
-    row, rank = _cut(ranks, 1)
+    row, rank = cut(ranks, 1)
     A, B = begin[row] + rank * inputs, (begin + ranks * inputs)[row] + rank * outputs
     rows, ends = torch.from_numpy(order), torch.from_numpy(np.append(0, np.cumsum(ranks)))
     x = x.index_select(0, rows)

@@ -21,16 +21,8 @@ from torch import Tensor
 
 from benchmarks.kernels.measuring import Ceilings, event_seconds, gpu_ceilings, graph_seconds, require_equal
 from benchmarks.results_file import Row, write
-from kernels.multi_lora import (
-    FEW,
-    SINGLE,
-    Expanding,
-    Shrinking,
-    Tiling,
-    add_multi_lora,
-    multi_lora_reference,
-    plan_batch,
-)
+from kernels.batch_plan import FEW, SINGLE, Expanding, Shrinking, Tiling, plan_batch
+from kernels.multi_lora import add_multi_lora, multi_lora_reference
 from kernels.page_pool import Lora, PagePool
 
 REPEATS = 9

@@ -5,8 +5,9 @@ import sys
 
 import torch
 
+from kernels.batch_plan import FEW, MANY, SINGLE, Tiling, plan_batch, replan
 from kernels.dispatch import runs_on_triton
-from kernels.multi_lora import FEW, MANY, SINGLE, Tiling, add_multi_lora, plan_batch, replan
+from kernels.multi_lora import add_multi_lora
 from tests.kernels.adapters import DTYPES, expected, scattered_pool
 from tests.kernels.packed import error, inputs
 

@@ -9,17 +9,9 @@ import pytest
 import torch
 
 from kernels import multi_lora
+from kernels.batch_plan import FEW, MANY, SINGLE, Tiling, plan_batch, replan
 from kernels.dispatch import interpreted, triton_is_there
-from kernels.multi_lora import (
-    FEW,
-    MANY,
-    SINGLE,
-    Tiling,
-    add_multi_lora,
-    multi_lora_reference,
-    plan_batch,
-    replan,
-)
+from kernels.multi_lora import add_multi_lora, multi_lora_reference
 from kernels.page_pool import Lora, PagePool
 from tests.kernels.adapters import DTYPES, expected, lora, scattered_pool
 from tests.kernels.interpreted_multi_lora import CASES, RANKS, SHAPES, WHOLE, again, case, mixed, replanned
@@ -213,6 +205,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed() -> None:
     pool.table = torch.zeros(2 * len(pool.table), dtype=torch.int32)[::2]
     with pytest.raises(ValueError, match="page table and the plan must be contiguous"):
         add_multi_lora(y, x, plan, "layer")
+    assert not y.any()
+
+
+def test_a_plan_ends_when_another_batch_is_planned_in_its_memory() -> None:
+    pool, _ = scattered_pool(130, 70, 64, RANKS, torch.float32)
+    x, y = torch.randn(2, 130), torch.zeros(2, 70)
+    old = plan_batch(pool, [0, 1])
+    replan(old, [1, 0])
+    with pytest.raises(ValueError, match="Another batch"):
+        add_multi_lora(y, x, old, "layer")
+    with pytest.raises(ValueError, match="Another batch"):
+        replan(old, [0, 1])
     assert not y.any()
 
 
