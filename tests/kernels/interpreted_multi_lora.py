@@ -8,18 +8,18 @@ import torch
 from kernels.batch_plan import FEW, MANY, SINGLE, Tiling, plan_batch, replan
 from kernels.dispatch import runs_on_triton
 from kernels.multi_lora import add_multi_lora
-from tests.kernels.adapters import DTYPES, expected, scattered_pool
+from tests.kernels.adapters import expected, scattered_pool
 from tests.kernels.packed import error, inputs
 
 TILINGS = {"single": SINGLE, "few": FEW, "many": MANY}
 # Inputs, outputs, page width: rank rows of several pages, of one, of no whole page; one column; pages that only a small
 # power of two divides. On a GPU each case is compiled: what shapes have nothing to do with is not tried with each.
-WHOLE, SHAPES = (1056, 600, 256), ((130, 70, 64), (1, 200, 128), (96, 1, 192))
+WHOLE, SHAPES = (1056, 300, 256), ((130, 70, 64), (1, 200, 128), (96, 1, 192))
 CASES = {
     f"{n}x{m} of {width}, {kind}, {dtype}": ((n, m, width), dtype, kind)
     for shape, kinds, dtypes in (
-        (WHOLE, ("single", "few", "many"), DTYPES),
-        (SHAPES[0], ("single", "few", "many"), ("bfloat16",)),
+        (WHOLE, ("single", "few", "many"), ("float32", "bfloat16")),
+        (SHAPES[0], ("single", "few", "many"), ("float16",)),
         (SHAPES[1], ("single", "few"), ("float16",)),
         (SHAPES[2], ("single", "many"), ("float32",)),
     )
