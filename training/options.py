@@ -43,6 +43,9 @@ class TrainingOptions(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPU, else float32."
     )
+    kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="Layers of LoRA's kind by Regraft's kernels; auto: where they are faster."
+    )
     adapter_bits: Literal[1, 2, 4, 8] | None = Field(
         None, description="Train the adapter's matrices as a codebook file of so many bits stores them."
     )

@@ -27,6 +27,7 @@ from training.data.example import Example
 from training.data.prompting import PromptFormat
 from training.engine import Engine
 from training.freed_memory import freed_memory_kept
+from training.fused_layers import fused_layers
 from training.interruption import awaited_interruption
 from training.methods.catalog import get_method
 from training.methods.contract import Adapted, AttachContext, Batch
@@ -213,6 +214,7 @@ def train(
     with (
         _as_it_was(adapted.model),
         _random_state_of_its_own(device),
+        fused_layers(adapted, options.kernels),
         freed_memory_kept(device),
         nullcontext() if in_worker() else exclusive(workdir),
         awaited_interruption() as interruption,
