@@ -30,7 +30,7 @@ if triton_is_there():
     import triton
     import triton.language as tl
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["tokens", "part"])  # type: ignore[untyped-decorator]
     def _scale(  # type: ignore[no-untyped-def]
         z,
         u,

@@ -19,6 +19,7 @@ torch.autocast rounds them; sums are float32, and are added in an order of their
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -33,6 +34,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others are com
 LARGEST_RANK = 256  # of the kernels; beyond it the products are large enough for PyTorch's
 _JOINT_RANK = 32  # up to it k and ∂B come from one reading of g: beyond, the parts of k would take as many bytes as g
 _TOKENS = 64  # that a program takes at a time
+_SCRATCH = 8192  # bytes of shared memory in which a program changes layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +53,31 @@ class Tile:
     programs: int
     warps: int = 4
 
-    def fitted(self, rank: int, dtype: torch.dtype, dropout: "_Dropout | None") -> "Tile":
-        """Narrower where a rank or a dtype is wide; more warps where there is more to keep in registers."""
+    def fitted(self, rank: int, dtype: torch.dtype, dropout: bool, beside: int | None, memory: int) -> "Tile":
+        """Narrower where a rank or a dtype is wide, more warps where registers must hold more, as many stages as fit.
+
+        Args:
+            rank: r.
+            dtype: of all tensors.
+            dropout: whether elements are dropped.
+            beside: rows [r] that come from memory with each tile; None: as many as the tile has columns.
+            memory: bytes that a program may share.
+        """
         wide = rank > 64 or dtype.itemsize > 2
+        columns = 64 if wide else self.columns
+        padded = _padded(rank)
+        stage = (_TOKENS * columns + padded * (beside or columns)) * dtype.itemsize
+        room = (memory - padded * columns * dtype.itemsize - _SCRATCH) // stage
         return replace(
             self,
-            columns=64 if wide else self.columns,
-            stages=min(self.stages, 2) if dtype.itemsize > 2 else self.stages,
+            columns=columns,
+            stages=max(min(self.stages, room, 2 if dtype.itemsize > 2 else room), 1),
             warps=8 if rank > 64 or dropout else self.warps,
         )
 
 
 # For 16-bit numbers and ranks up to 64. `python -m benchmarks.kernels.fused_lora --sweep` times others.
-SHRINK = Tile(columns=128, stages=4, programs=264)
+SHRINK = Tile(columns=128, stages=4, programs=132)
 EXPAND = Tile(columns=128, stages=3, programs=1056)
 BOTH = Tile(columns=128, stages=3, programs=264)  # an expansion and a gradient, or a gradient alone
 JOINT = Tile(columns=256, stages=3, programs=132)  # k and ∂B
@@ -98,7 +112,8 @@ if triton_is_there():
         halves = tl.join(words & 0xFFFF, words >> 16)
         return halves.reshape(tokens.shape[0], COLUMNS) >= threshold
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    # Batches differ in their tokens: a kernel is not to be compiled again for that.
+    @triton.jit(do_not_specialize=["tokens", "threshold"])  # type: ignore[untyped-decorator]
     def _shrink(  # type: ignore[no-untyped-def]
         z,
         factor,
@@ -144,7 +159,7 @@ if triton_is_there():
             mask=(t < tokens)[:, None] & (r < rank)[None, :],
         )
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["tokens", "part", "threshold"])  # type: ignore[untyped-decorator]
     def _stripe(  # type: ignore[no-untyped-def]
         z,
         factor,
@@ -358,6 +373,7 @@ def _fits_kernels(x: Tensor, A: Tensor, B: Tensor) -> bool:
         and x.dtype in KERNEL_DTYPES
         and 1 <= len(A) <= LARGEST_RANK
         and x.numel() > 0
+        and len(B) > 0
         and max(x.numel() // x.shape[-1], A.numel(), B.numel()) < 2**31  # places that are counted in 32 bits
     )
 
@@ -406,7 +422,7 @@ def _noise(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
 def shrink(z: Tensor, factor: Tensor, scale: float, dropout: _Dropout | None = None) -> Tensor:
     """scale·(D∘z)·factorᵀ for z [T, c] and a factor [r, c]: [T, r], of z's dtype."""
     (tokens, columns), rank = z.shape, len(factor)
-    tile = SHRINK.fitted(rank, z.dtype, dropout)
+    tile = SHRINK.fitted(rank, z.dtype, dropout is not None, None, _shared_memory(z.device))
     programs = triton.cdiv(tokens, _TOKENS)
     # Few tokens: the columns are divided among several programs, whose sums are added afterwards.
     parts = max(min(tile.programs // programs, triton.cdiv(columns, 4 * tile.columns)), 1)
@@ -483,7 +499,7 @@ def _launch_stripes(
     (rank, columns), tokens = factor.shape, len(h)
     if not columns or not (expanded is not None or gradient):
         return torch.zeros_like(factor, dtype=torch.float32) if gradient else None
-    tile = tile.fitted(rank, h.dtype, dropout)
+    tile = tile.fitted(rank, h.dtype, dropout is not None, _TOKENS, _shared_memory(h.device))
     stripes = triton.cdiv(columns, tile.columns)
     # Each part of the tokens has a gradient of its own, which are added afterwards.
     part = triton.cdiv(triton.cdiv(tokens, max(tile.programs // stripes, 1)), _TOKENS) * _TOKENS
@@ -530,6 +546,15 @@ def _like(factor: Tensor, parts: int) -> Tensor:
 def _by_rank(factor: Tensor) -> bool:
     """Whether a factor [r, c] has its rows one after the other, as A has, and not its columns, as Bᵀ."""
     return factor.is_contiguous()
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may share: 227 KiB on an H100, 99 KiB on GPUs for desktops."""
+    if device.type != "cuda":
+        return 2**30
+    found: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return found
 
 
 def _padded(rank: int) -> int:
