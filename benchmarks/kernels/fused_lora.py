@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.kernels.measuring import Ceilings, gpu_ceilings, gpu_peak_bytes, graph_seconds, require_equal
+from benchmarks.kernels.measuring import (
+    Ceilings,
+    event_seconds,
+    gpu_ceilings,
+    gpu_peak_bytes,
+    graph_seconds,
+    require_equal,
+)
 from benchmarks.results_file import Row, write
 from kernels import fused_lora as kernel
 from kernels.dora import fused_dora, row_squares
@@ -183,6 +191,26 @@ def on_gpu(ceilings: Ceilings, repeats: int = REPEATS) -> list[Row]:
         claim = f"{TOKENS} tokens through {n}→{m} with {what}, rank {RANKS[0]}, forward and backward, bfloat16"
         own, peer = graph_seconds([layer.ours], repeats), graph_seconds([layer.theirs], repeats)
         rows.append(_milliseconds(claim, own, peer, "peft, adapter in bfloat16", GOAL))
+    return [*rows, *_trained_rows(repeats)]
+
+
+def _trained_rows(repeats: int) -> list[Row]:
+    """Small layers as the trainer runs them, launches included: in autocast, with adapters in float32."""
+    rows = []
+    for model, shapes in CPU_SHAPES.items():
+        layers = [Layer(n, m, CPU_RANK, CPU_TOKENS, torch.bfloat16, torch.float32, "cuda") for n, m in shapes]
+
+        def run(*steps: Step) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                for step in steps:
+                    step()
+
+        own = event_seconds(partial(run, *(layer.ours for layer in layers)), repeats)
+        peer = event_seconds(partial(run, *(layer.theirs for layer in layers)), repeats)
+        claim = (
+            f"{CPU_TOKENS} tokens through a block of {model} with LoRA of rank {CPU_RANK}, bfloat16 autocast, launched"
+        )
+        rows.append(_milliseconds(claim, own, peer, "peft, adapter in float32, its default", 1.0))
     return rows
 
 

@@ -213,7 +213,7 @@ SHARED = {AMPERE: 166_912, DESKTOP: 101_376, HOPPER: 232_448}  # bytes that a bl
     ("both", 16, True, HOPPER), ("both", 64, False, AMPERE), ("both", 256, True, HOPPER), ("both", 256, True, DESKTOP),
     ("joint", 16, False, HOPPER), ("joint", 32, False, AMPERE), ("joint", 32, False, DESKTOP),
 ])  # fmt: skip
-def test_passes_compile_to_tensor_core_instructions_and_wide_accesses(
+def test_passes_compile_to_tensor_core_instructions_and_wide_accesses_in_the_memory_that_there_is(
     name: str, rank: int, dropout: bool, architecture: int, tmp_path: Path
 ) -> None:
     kernel, tile, flags = PASSES[name]
@@ -225,14 +225,12 @@ def test_passes_compile_to_tensor_core_instructions_and_wide_accesses(
         getattr(module, kernel), tile, rank, architecture, tmp_path, **flags, DROPOUT=dropout, BY_RANK=by_rank
     )
     assert ("wgmma.mma_async" if architecture == HOPPER else "mma.sync") in built.asm["ptx"]
-    assert not re.search(r"ld\.global(\.\w+)*\.b16\b", built.asm["ptx"].replace("bias", "")) or name == "expand"
+    assert name == "expand" or not re.search(r"ld\.global(\.\w+)*\.b16\b", built.asm["ptx"])  # but for a bias
     assert built.metadata.shared <= SHARED[architecture]
 
 
 @compiles
-@pytest.mark.parametrize(
-    "ones", [("tokens",), ("rank",), ("columns", "rank"), ("tokens", "columns", "rank", "z_stride")]
-)
+@pytest.mark.parametrize("ones", [("columns",), ("columns", "rank", "z_stride")])
 @pytest.mark.parametrize("name", PASSES)
 def test_passes_compile_where_a_count_is_one_and_becomes_a_constant(
     name: str, ones: tuple[str, ...], tmp_path: Path
