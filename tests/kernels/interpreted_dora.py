@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import dora
 from kernels.dispatch import runs_on_triton
 from kernels.dora import fused_dora, fused_dora_reference, row_norms, row_squares
 from tests.kernels.interpreted_fused_lora import SCALE, factors
@@ -54,5 +55,7 @@ def case(shape: Sequence[int], name: str, device: str) -> dict[str, float | bool
 
 if __name__ == "__main__":
     device = sys.argv[1]
-    cases = {f"{shape} {dtype}": case(shape, dtype, device) for shape in SHAPES for dtype in DTYPES}
+    cases = {f"{shape} {dtype}": case(shape, dtype, device) for shape in SHAPES[:2] for dtype in DTYPES}
+    dora._PROGRAMS = 1  # each has more tokens to go through than it takes at a time
+    cases |= {f"{SHAPES[2]} {dtype}": case(SHAPES[2], dtype, device) for dtype in DTYPES}
     print(json.dumps({"cases": cases}))

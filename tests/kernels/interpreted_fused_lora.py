@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kernels import fused_lora as kernel
 from kernels.dispatch import runs_on_triton
 from kernels.fused_lora import fused_lora
 from tests.kernels.packed import DTYPES, error, inputs
@@ -149,11 +151,24 @@ def shapes_of_x(device: str) -> dict[str, float | bool]:
     return result
 
 
+def by_few_programs(device: str, name: str) -> dict[str, float | bool]:
+    """Every program has all tokens, or all columns, of its own to go through: more than it takes at a time."""
+    chosen = {tile: getattr(kernel, tile) for tile in ("SHRINK", "EXPAND", "BOTH", "JOINT")}
+    for tile, own in chosen.items():
+        setattr(kernel, tile, replace(own, programs=1))
+    try:
+        return case((200, 300, 270, 16), name, device)
+    finally:
+        for tile, own in chosen.items():
+            setattr(kernel, tile, own)
+
+
 def others(device: str) -> dict[str, dict[str, float | bool]]:
     """Everything that is asked once, each named "… DTYPE"."""
     return {
         "dropped float32": dropped(device, "float32"),
         "dropped bfloat16": dropped(device, "bfloat16"),
+        "few programs bfloat16": by_few_programs(device, "bfloat16"),
         "partial float32": partial(device),
         "shapes float32": shapes_of_x(device),
     }
