@@ -318,6 +318,8 @@ def _sweep_passes(layer: Layer, ceilings: Ceilings) -> None:
             setattr(kernel, name, replace(chosen, **change))
             told(f"{name} {change or 'as it is'}", work, moved)
         setattr(kernel, name, chosen)
+    told("k by itself", lambda: kernel.shrink(g, B.T, 1.0), 1)
+    told("∂B by itself", lambda: kernel._launch_stripes(kernel.BOTH, g, B.T, h, gradient=True), 1)
     told("SHRINK with dropout", lambda: kernel.shrink(x, A, 1.0, mask), 1)
     told("BOTH with dropout", lambda: kernel.expand_with_gradient(h, A, x, mask), 2)
 
