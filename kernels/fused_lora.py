@@ -72,7 +72,7 @@ class Tile:
             self,
             columns=columns,
             stages=max(min(self.stages, room, 2 if dtype.itemsize > 2 else room), 1),
-            warps=8 if rank > 64 or dropout else self.warps,
+            warps=8 if rank > 32 or dropout else self.warps,
         )
 
 
