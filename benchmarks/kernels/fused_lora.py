@@ -32,9 +32,10 @@ from benchmarks.kernels.measuring import (
     require_equal,
 )
 from benchmarks.results_file import Row, write
-from kernels import fused_lora as kernel
+from kernels import low_rank_passes as kernel
 from kernels.dora import fused_dora, row_squares
-from kernels.fused_lora import Tile, fused_lora
+from kernels.fused_lora import fused_lora
+from kernels.low_rank_passes import Tile
 
 REPEATS = 9
 TOKENS = 8192
@@ -284,7 +285,7 @@ def sweep(ceilings: Ceilings) -> None:
 def _sweep_passes(layer: Layer, ceilings: Ceilings) -> None:
     x, g, W, A, B = (tensor.detach() for tensor in (layer.x, layer.g, layer.W, layer.A, layer.B))
     h, y = x @ A.T, x @ W.T
-    mask = kernel._Dropout.drawn(DROPOUT, x.device)
+    mask = kernel.Dropout.drawn(DROPOUT, x.device)
 
     def told(what: str, work: Callable[[], object], passes: int) -> None:
         try:

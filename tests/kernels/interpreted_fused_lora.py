@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import fused_lora as kernel
+from kernels import low_rank_passes as kernel
 from kernels.dispatch import runs_on_triton
 from kernels.fused_lora import fused_lora
 from tests.kernels.packed import DTYPES, error, inputs

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import fused_lora as module
+from kernels import low_rank_passes as module
 from kernels.dispatch import interpreted, triton_is_there
 from kernels.fused_lora import fused_lora, fused_lora_reference
 from tests.kernels.interpreted_fused_lora import SCALE, SHAPES, case, exact, factors, found, others
