@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 
@@ -53,11 +54,10 @@ if triton_is_there():
         tokens,
         m,
         k,
+        width,
         part,
         x_stride,
         x_step,
-        B_stride,
-        B_step,
         COLUMNS: tl.constexpr,
         TOKENS: tl.constexpr,
         OUTPUTS: tl.constexpr,
@@ -69,12 +69,13 @@ if triton_is_there():
         inputs = tl.load(x + token[:, None] * x_stride + feature[None, :] * x_step, mask=there, other=0.0)
         inputs = inputs.to(y.dtype.element_ty)
         if tl.program_id(1) == 0:
-            tl.store(picked + token[:, None] * k + column[None, :], inputs, mask=there)
+            wide = (token < tokens)[:, None] & (column < width)[None, :]
+            tl.store(picked + token[:, None] * width + column[None, :], inputs, mask=wide)
         for begin in range(tl.program_id(1) * part, min(m, (tl.program_id(1) + 1) * part), OUTPUTS):
             output = begin + tl.arange(0, OUTPUTS)
-            at = B + output[None, :].to(tl.int64) * B_stride + column[:, None].to(tl.int64) * B_step
-            weights = tl.load(at, mask=(column < k)[:, None] & (output < m)[None, :], other=0.0)
-            total = scale * _dot(inputs, weights.to(y.dtype.element_ty))
+            used = (column < k)[:, None] & (output < m)[None, :]
+            weights = tl.load(B + column[:, None].to(tl.int64) * m + output[None, :], mask=used, other=0.0)
+            total = scale * _dot(inputs, weights)
             place = y + token[:, None] * m + output[None, :]
             inside = (token < tokens)[:, None] & (output < m)[None, :]
             total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -93,8 +94,6 @@ if triton_is_there():
         k,
         x_stride,
         x_step,
-        B_stride,
-        B_step,
         COLUMNS: tl.constexpr,
         TOKENS: tl.constexpr,
         FEATURES: tl.constexpr,
@@ -106,13 +105,13 @@ if triton_is_there():
             feature = begin + tl.arange(0, FEATURES).to(tl.int64)
             there = (token < tokens)[:, None] & (feature < m)[None, :]
             inputs = tl.load(x + token[:, None] * x_stride + feature[None, :] * x_step, mask=there, other=0.0)
-            at = B + column[None, :].to(tl.int64) * B_stride + feature[:, None] * B_step
-            weights = tl.load(at, mask=(feature < m)[:, None] & (column < k)[None, :], other=0.0)
-            total += _dot(inputs.to(y.dtype.element_ty), weights.to(y.dtype.element_ty))
+            used = (feature < m)[:, None] & (column < k)[None, :]
+            weights = tl.load(B + column[None, :].to(tl.int64) * m + feature[:, None], mask=used, other=0.0)
+            total += _dot(inputs.to(y.dtype.element_ty), weights)
         place = y + token[:, None] * n + tl.load(indices + column, mask=column < k, other=0).to(tl.int64)[None, :]
-        there = (token < tokens)[:, None] & (column < k)[None, :]
-        total = scale * total + tl.load(place, mask=there, other=0.0).to(tl.float32)
-        tl.store(place, total.to(y.dtype.element_ty), mask=there)
+        inside = (token < tokens)[:, None] & (column < k)[None, :]
+        total = scale * total + tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(place, total.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _take_gradient(  # type: ignore[no-untyped-def]
@@ -122,6 +121,7 @@ if triton_is_there():
         tokens,
         m,
         k,
+        width,
         part,
         g_stride,
         g_step,
@@ -136,8 +136,8 @@ if triton_is_there():
             token = begin + tl.arange(0, TOKENS).to(tl.int64)
             there = (token < tokens)[:, None] & (row < m)[None, :]
             upstream = tl.load(g + token[:, None] * g_stride + row[None, :] * g_step, mask=there, other=0.0)
-            there = (token < tokens)[:, None] & (column < k)[None, :]
-            inputs = tl.load(picked + token[:, None] * k + column[None, :], mask=there, other=0.0)
+            wide = (token < tokens)[:, None] & (column < width)[None, :]
+            inputs = tl.load(picked + token[:, None] * width + column[None, :], mask=wide, other=0.0)
             total += _dot(upstream.trans(), inputs)
         place = out + (tl.program_id(1).to(tl.int64) * m + row[:, None]) * k + column[None, :]
         tl.store(place, total, mask=(row < m)[:, None] & (column < k)[None, :])
@@ -183,7 +183,8 @@ def add_from_columns(y: Tensor, x: Tensor, B: Tensor, columns: Columns, scale: f
         scale: s.
 
     Returns:
-        A copy of x[:, I] [T, k] in y's dtype, which the gradient is taken with.
+        A copy of x[:, I] in y's dtype for `gradient_of_picked`; [T, k' ≥ k], so that rows of it begin where 16 bytes
+        do, zeros beyond k.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; y has gaps.
@@ -194,14 +195,14 @@ def add_from_columns(y: Tensor, x: Tensor, B: Tensor, columns: Columns, scale: f
         picked = x.index_select(1, columns.indices).to(y.dtype)
         y.addmm_(picked, B.to(y.dtype).T, alpha=scale)
         return picked
-    picked = y.new_empty(len(x), k)
+    picked = y.new_empty(len(x), _width(k))
     tokens, outputs, warps = _FROM
     tiles = triton.cdiv(len(x), tokens)
     part = triton.cdiv(triton.cdiv(m, outputs), max(_PROGRAMS // tiles, 1)) * outputs
     with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
         _add_from[(tiles, triton.cdiv(m, part))](
             x,
-            B,
+            B.T.to(y.dtype).contiguous(),
             columns.indices,
             y,
             picked,
@@ -209,9 +210,9 @@ def add_from_columns(y: Tensor, x: Tensor, B: Tensor, columns: Columns, scale: f
             len(x),
             m,
             k,
+            picked.shape[1],
             part,
             *x.stride(),
-            *B.stride(),
             COLUMNS=_padded(k),
             TOKENS=tokens,
             OUTPUTS=outputs,
@@ -247,7 +248,7 @@ def add_to_columns(y: Tensor, x: Tensor, B: Tensor, columns: Columns, scale: flo
     with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
         _add_to[(triton.cdiv(len(x), tokens),)](
             x,
-            B,
+            B.to(y.dtype).contiguous(),
             columns.indices,
             y,
             scale,
@@ -256,7 +257,6 @@ def add_to_columns(y: Tensor, x: Tensor, B: Tensor, columns: Columns, scale: flo
             columns.size,
             k,
             *x.stride(),
-            *B.stride(),
             COLUMNS=_padded(k),
             TOKENS=tokens,
             FEATURES=features,
@@ -285,22 +285,29 @@ def column_gradient(g: Tensor, x: Tensor, columns: Columns) -> Tensor:
     """
     if x.ndim != 2 or x.shape[1] != columns.size or x.device != columns.indices.device:
         raise ValueError(f"x is {tuple(x.shape)} on {x.device}; {columns.size:,} columns were planned.")
-    return gradient_of_picked(g, x.index_select(1, columns.indices))
+    return gradient_of_picked(g, x.index_select(1, columns.indices), len(columns.indices))
 
 
-def gradient_of_picked(g: Tensor, picked: Tensor) -> Tensor:
-    """gᵀ·picked for g [T, m] and a copy of x[:, I] [T, k], of one dtype: [m, k], float32 (float64 for float64).
+def gradient_of_picked(g: Tensor, picked: Tensor, k: int) -> Tensor:
+    """gᵀ·x[:, I], [m, k], float32 (float64 for float64).
+
+    Args:
+        g: [T, m].
+        picked: x[:, I] [T, k' ≥ k], of g's dtype, contiguous.
+        k: columns.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if g.ndim != 2 or picked.ndim != 2 or len(g) != len(picked):
-        raise ValueError(f"g is {tuple(g.shape)}, the picked features {tuple(picked.shape)}.")
+    if g.ndim != 2 or picked.ndim != 2 or len(g) != len(picked) or picked.shape[1] < k or not picked.is_contiguous():
+        raise ValueError(f"g is {tuple(g.shape)}, the picked features {tuple(picked.shape)} of {k}, or with gaps.")
     if (g.dtype, g.device) != (picked.dtype, picked.device) or not g.is_floating_point():
         raise ValueError(f"g is {g.dtype} on {g.device}, the picked features {picked.dtype} on {picked.device}.")
-    (tokens, m), k = g.shape, picked.shape[1]
+    (tokens, m), width = g.shape, _width(k)
     if not _on_triton(g, k) or not g.numel():
-        return (picked.T @ g).T.to(_sums(g))  # twice as fast as gᵀ · picked
+        return (picked[:, :k].T @ g).T.to(_sums(g))  # twice as fast as gᵀ · picked
+    if picked.shape[1] != width:
+        picked = functional.pad(picked[:, :k], (0, width - k))
     each, rows, warps = _GRADIENT
     tiles, steps = triton.cdiv(m, rows), triton.cdiv(tokens, each)
     part = triton.cdiv(steps, max(_PROGRAMS // tiles, 1)) * each
@@ -309,11 +316,12 @@ def gradient_of_picked(g: Tensor, picked: Tensor) -> Tensor:
     with torch.cuda.device_of(g):  # type: ignore[no-untyped-call]
         _take_gradient[(tiles, parts)](
             g,
-            picked.contiguous(),
+            picked,
             found,
             tokens,
             m,
             k,
+            width,
             part,
             *g.stride(),
             COLUMNS=_padded(k),
@@ -328,8 +336,13 @@ def _on_triton(y: Tensor, k: int) -> bool:
     return y.dtype in (torch.bfloat16, torch.float16) and 0 < k <= _MOST_COLUMNS and runs_on_triton(y)
 
 
+def _width(k: int) -> int:
+    """Columns of a row of picked features: the next multiple of 16."""
+    return -(-k // 16) * 16
+
+
 def _padded(k: int) -> int:
-    """Columns of a program: a product on tensor cores has 16 or more."""
+    """Columns of a program: a product on tensor cores has 16 or more, and a power of 2."""
     return max(int(triton.next_power_of_2(k)), 16)
 
 

@@ -134,6 +134,11 @@ class SparsePlan:
         """k/mn."""
         return len(self.order) / max(self.shape[0] * self.shape[1], 1)
 
+    @property
+    def places(self) -> Tensor:
+        """[k] int64; of the sorted entries, row-major."""
+        return self.rows.long() * self.shape[1] + self.columns
+
     @cached_property
     def transposed(self) -> "SparsePlan":
         """Of Sᵀ with the same values in the order in which they were given; made when it is first asked for."""
@@ -219,11 +224,12 @@ def blocked_gradient(g: Tensor, x: Tensor, plan: SparsePlan) -> Tensor:
     """`sparse_gradient` in blocks of rows; what is kept of a block has the precision of the inputs."""
     _check_pair(g, x, plan)
     found = torch.zeros(len(plan.order), dtype=_sums(g), device=g.device)
+    places = plan.places
     for block, (begin, end) in enumerate(pairwise(plan.bounds)):
         if begin < end:
             first = block * plan.block_rows
             dense = g[:, first : first + plan.block_rows].T @ x
-            found[begin:end] = dense[plan.rows[begin:end] - first, plan.columns[begin:end]]
+            found[begin:end] = dense.view(-1)[places[begin:end] - first * plan.shape[1]]
     return _as_given(found, plan)
 
 
@@ -291,7 +297,8 @@ def add_sparse_product(y: Tensor, x: Tensor, values: Tensor, plan: SparsePlan) -
         _launch_product(y, x, values, plan)
         return
     S = _compressed(plan, values.detach()[plan.order].to(_sums(x)))
-    y += (S @ x.T.to(S.dtype)).T
+    with torch.autocast(y.device.type, enabled=False):  # which would multiply in a dtype that sparse products lack
+        y += (S @ x.T.to(S.dtype)).T
 
 
 def _launch_product(y: Tensor, x: Tensor, values: Tensor, plan: SparsePlan) -> None:
@@ -317,9 +324,12 @@ def _launch_product(y: Tensor, x: Tensor, values: Tensor, plan: SparsePlan) -> N
 
 def summed(weight: Tensor, values: Tensor, plan: SparsePlan) -> Tensor:
     """A copy of W [m, n] with S added, in the wider of their dtypes and rounded once to W's."""
-    place, weight = (plan.rows, plan.columns), weight.detach()
-    both = weight[place] + values.detach()[plan.order]
-    return weight.clone().index_put_(place, both.to(weight.dtype))
+    if weight.T.is_contiguous() and not weight.is_contiguous():
+        return summed(weight.T, values, plan.transposed).T
+    flat = weight.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    place = plan.places
+    both = flat[place] + values.detach()[plan.order]
+    return flat.scatter_(0, place, both.to(flat.dtype)).view(weight.shape)
 
 
 class _SparseLinear(torch.autograd.Function):

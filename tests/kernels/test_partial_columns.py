@@ -115,23 +115,35 @@ def test_what_does_not_fit_is_refused_and_stays_as_it_is() -> None:
     with pytest.raises(ValueError, match="picked features"):
         column_gradient(torch.randn(3, 3), x, chosen)
     with pytest.raises(ValueError, match="float64"):
-        gradient_of_picked(torch.randn(4, 3).double(), x)
+        gradient_of_picked(torch.randn(4, 3).double(), x, 5)
+    for picked, k in ((x, 6), (x[:, :2], 2), (x[:3], 2)):
+        with pytest.raises(ValueError, match="picked features"):
+            gradient_of_picked(torch.randn(4, 3), picked, k)
 
 
 @pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not installed, or interprets its kernels")
-@pytest.mark.parametrize("architecture", [AMPERE, HOPPER])
-@pytest.mark.parametrize("number", ["bf16", "fp16"])
-@pytest.mark.parametrize("steps", [{}, {"x_step": 1, "B_step": 1, "g_step": 1}, {"x_step": 1, "B_stride": 1, "k": 1}])
+@pytest.mark.parametrize(
+    ("architecture", "number", "padded", "steps"),
+    [
+        (HOPPER, "bf16", 64, {}),
+        (HOPPER, "bf16", 16, {"x_step": 1, "g_step": 1}),
+        (HOPPER, "fp16", 128, {"x_step": 1, "k": 1, "tokens": 1, "m": 1}),
+        (AMPERE, "bf16", 128, {"x_step": 1, "g_step": 1}),
+    ],
+)
 def test_the_kernels_compile_to_tensor_core_instructions(
-    number: str, architecture: int, steps: dict[str, int], tmp_path: Path
+    architecture: int, number: str, padded: int, steps: dict[str, int], tmp_path: Path
 ) -> None:
-    types = dict.fromkeys(("x", "y", "picked", "g"), f"*{number}") | {"B": "*fp32", "out": "*fp32", "scale": "fp32"}
+    types = dict.fromkeys(("x", "B", "y", "picked", "g"), f"*{number}") | {"out": "*fp32", "scale": "fp32"}
     types["indices"] = "*i64"
     for kernel, sizes in (
         (partial_columns._add_from, {"OUTPUTS": partial_columns._FROM[1], "TOKENS": partial_columns._FROM[0]}),
         (partial_columns._add_to, {"FEATURES": partial_columns._TO[1], "TOKENS": partial_columns._TO[0]}),
-        (partial_columns._take_gradient, {"ROWS": partial_columns._GRADIENT[1], "TOKENS": partial_columns._GRADIENT[0]}),
+        (
+            partial_columns._take_gradient,
+            {"ROWS": partial_columns._GRADIENT[1], "TOKENS": partial_columns._GRADIENT[0]},
+        ),
     ):
         ones = {name: one for name, one in steps.items() if name in kernel.arg_names}
-        ptx = assembly(kernel, types, architecture, tmp_path, COLUMNS=64, **sizes, **ones)
+        ptx = assembly(kernel, types, architecture, tmp_path, COLUMNS=padded, **sizes, **ones)
         assert "wgmma.mma_async" in ptx or "mma.sync" in ptx
