@@ -2,13 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Work = Callable[[], object]
+CPU_CLOCKS = ((1, 1, "ms of processor"), (2, 0, "ms"))  # threads, which of `interleaved_seconds`, its unit
 _COPIED = 1 << 30  # bytes
 _PRODUCT = 8192  # of the square matrices whose product tells a GPU's rate
 
@@ -53,6 +54,21 @@ def processor_seconds(work: Work, repeats: int) -> float:
 def wall_seconds(work: Work, repeats: int) -> float:
     """Median seconds on the clock, after one run that does not count."""
     return _median(work, repeats, time.perf_counter)
+
+
+def interleaved_seconds(works: Mapping[str, Work], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each on the clock, and of the processor (all threads): in turn, after one run of each.
+
+    What else the machine does then slows all of them down alike.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            began = time.perf_counter(), time.process_time()
+            work()
+            if repeat:
+                found[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
 
 
 def _median(work: Work, repeats: int, now: Callable[[], float]) -> float:
