@@ -10,7 +10,9 @@ the whole learning-rate schedule, warm-up and all, pressed into its steps.
 What trains is φ, float32, beside the frozen base: θ is made in the layer, so that other adapters on the same base see
 θ₀, and what is stored is φ bit for bit. Gradients are those of θ, and masked before anything reads them. Weight decay
 is on φ and pulls to θ₀ (the paper's is 0), so that what is outside μ stays zero under it. Memory is that of full
-fine-tuning: φ, gradient and moments are dense; only a loaded adapter is sparse.
+fine-tuning: φ, its gradient and moments are dense, and only a loaded adapter is sparse. Time is not: in the sparse
+phase (and of a loaded adapter) a linear layer takes the gradient of its entries alone (kernels/sparse_delta.py), and
+puts it among zeros.
 
 Every layer's weight and bias have a φ but for normalisations, which stay frozen, as in the paper, and for the output
 embeddings, which stay frozen at θ₀ and are so untied from the input's, as in the paper's masked language modelling.
@@ -39,6 +41,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
+from kernels.sparse_delta import SparsePlan, planned, sparse_linear
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig, check_fit
 from training.methods.injected import (
     PREFIX,
@@ -52,6 +55,7 @@ from training.methods.injected import (
     check_room,
     undone_on_error,
 )
+from training.methods.remembered import Remembered
 from training.methods.sparse_delta import SparseDelta, check_indices, index_type, largest, scattered, summed
 from training.methods.targets import output_embeddings
 
@@ -90,8 +94,23 @@ class DifferenceSlot(Slot, ABC):
     def difference(self, name: str, original: Tensor) -> Tensor:
         """φ of "weight" or "bias" in the shape of θ₀, float32."""
 
+    def entries(self, weight: Tensor) -> tuple[Tensor, SparsePlan] | None:
+        """Of φ of a linear layer's weight, as the layer holds it: values and places, if it is sparse."""
+        del weight
+        return None
+
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """What the base layer computes with θ in the place of θ₀."""
+        """What the base layer computes with θ in the place of θ₀; where φ is sparse, without ∂L/∂θ."""
+        layer: Any = base
+        sparse = self.entries(layer.weight) if isinstance(base, nn.Linear | Conv1D) else None
+        if sparse is not None:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = None if layer.bias is None else self.changed("bias", layer.bias)
+            values, plan = sparse
+            if self.transposed:
+                return sparse_linear(x, values, layer.weight.T, plan.transposed, bias)
+            return sparse_linear(x, values, layer.weight, plan, bias)
         changed = {name: self.changed(name, getattr(base, name)) for name in self.names}
         output: Tensor = functional_call(base, changed, (x,))
         return output
@@ -140,10 +159,19 @@ class DenseSlot(DifferenceSlot):
         for name, original in _parameters(layer).items():
             setattr(self, name, nn.Parameter(torch.zeros_like(original, dtype=torch.float32)))
             self.register_buffer(f"{name}_mask", None, persistent=False)
+        self.plan = Remembered(_entries_of)
 
     def mask(self, name: str) -> Tensor | None:
         """μ of "weight" or "bias", none in the full phase."""
         return cast(Tensor | None, getattr(self, f"{name}_mask"))
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, SparsePlan] | None:
+        """In the sparse phase."""
+        mask = self.mask("weight")
+        if mask is None:
+            return None
+        plan = self.plan.of(mask)
+        return cast(Tensor, self.weight).view(-1).index_select(0, plan.places), plan
 
     def difference(self, name: str, original: Tensor) -> Tensor:
         """φ, or μ ⊙ φ."""
@@ -185,6 +213,11 @@ class SparseSlot(DifferenceSlot):
             indices, values = tensors[f"{name}_indices"], tensors[f"{name}_values"]
             check_indices(indices, values, original.numel())
             setattr(self, name, SparseDelta(indices, values))
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, SparsePlan] | None:
+        """All of them."""
+        delta = cast(SparseDelta, self.weight)
+        return delta.values, delta.plan((weight.shape[0], weight.shape[1]))
 
     def changed(self, name: str, original: Tensor) -> Tensor:
         """θ."""
@@ -464,6 +497,10 @@ class ComposableSft(InjectedMethod[ComposableSftConfig]):
 def _parameters(layer: Any) -> dict[str, Tensor]:
     """The layer's weight, and its bias where there is one."""
     return {name: getattr(layer, name) for name in ("weight", "bias") if getattr(layer, name, None) is not None}
+
+
+def _entries_of(mask: Tensor) -> SparsePlan:
+    return planned(mask.view(-1).nonzero()[:, 0], (mask.shape[0], mask.shape[1]))
 
 
 def _deltas(slot: Slot) -> Iterator[SparseDelta]:

@@ -18,8 +18,9 @@ grown entry starts with m = Ḡ(1 − β₁^γ), v = mean(G²)(1 − β₂^γ) a
 Weight decay is decoupled and on δ: it pulls to the pre-trained model. The paper's searches: 3e-6 … 1e-4 with a decay of
 1 … 30 for the first, 4e-4 … 2e-3 for the second.
 
-Dense are only, one layer at a time, a copy of W in forward and backward and G in backward; all that stays is O(K) (and
-O(m + n) for SM3).
+The gradient of δ is taken without G (kernels/sparse_delta.py). Dense are only, one layer at a time, a copy of W in
+forward and backward, where there are too many tokens to do without, and G in the backward pass that chooses candidates;
+all that stays is O(K) (and O(m + n) for SM3).
 
 Where the authors' code differs: its phases after the first take γ + 1 updates. It sums in the gradient's precision,
 where bfloat16 stops counting at 256; here in float32. It squares and averages the gradients of micro-batches, which are
@@ -36,14 +37,14 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
+from kernels.sparse_delta import planned, sparse_gradient, sparse_linear
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.injected import InjectedAdapted, InjectedMethod, Slot, base_size
-from training.methods.sparse_delta import SparseDelta, added, check_indices, random_indices, shares
+from training.methods.remembered import Remembered
+from training.methods.sparse_delta import SparseDelta, check_indices, random_indices, shares
 from training.methods.targets import ALL_LINEAR, EXCLUDE_HELP, TARGETS_HELP, Targets, linear_modules, select
 
 BETAS = (0.9, 0.999)
@@ -89,44 +90,6 @@ class ScalingSftConfig(MethodConfig):
 # -- a layer -----------------------------------------------------------------------------------------------------------
 
 
-class SparseLinear(torch.autograd.Function):
-    """y = x(W + scatter(η, δ))ᵀ + b, its sum made again in backward instead of kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        transposed: bool,
-        watch: Callable[[Tensor], None] | None,
-    ) -> Tensor:
-        """x [..., n], weight [m, n] ([n, m] where `transposed`): [..., m]. `watch` is shown the flat G in backward."""
-        ctx.save_for_backward(x, values, indices, weight)
-        ctx.transposed, ctx.watch = transposed, watch
-        changed = added(weight, indices, values).to(x.dtype)
-        return functional.linear(x, changed.T if transposed else changed, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """∂L/∂x = g(W + Δ), ∂L/∂δ = G[η]; G is gone when this returns."""
-        x, values, indices, weight = ctx.saved_tensors
-        of_x = of_values = None
-        if ctx.needs_input_grad[0]:
-            changed = added(weight, indices, values).to(gradient.dtype)
-            of_x = gradient @ (changed.T if ctx.transposed else changed)
-        if ctx.needs_input_grad[1]:
-            g, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-            dense = (inputs.T @ g if ctx.transposed else g.T @ inputs).view(-1)
-            of_values = dense[indices].float()
-            if ctx.watch is not None:
-                ctx.watch(dense)
-        return of_x, of_values, None, None, None, None, None
-
-
 class Candidates:
     """What a phase of gathering holds for one layer: η's possible successors with ΣG and ΣG², float32."""
 
@@ -135,13 +98,19 @@ class Candidates:
         self.updates = 0
         self.indices: Tensor | None = None  # [k], once the first gradient was seen
         self.current = self.total = self.squares = torch.empty(0)  # [k]: G of this update so far, ΣG, ΣG²
+        self._plan = Remembered(planned)
 
-    def __call__(self, gradient: Tensor) -> None:
-        """Take note of a flat G [mn] of one backward pass."""
+    def __call__(self, left: Tensor, right: Tensor) -> None:
+        """Take note of one backward pass, whose G is leftᵀ·right; all of it is made only where η is chosen by it."""
         if self.indices is None:
-            self.indices = gradient.abs().topk(self.count).indices
-            self.current, self.total, self.squares = gradient.new_zeros(3, self.count, dtype=torch.float32)
-        self.current += gradient[self.indices]
+            self.indices = (left.T @ right).view(-1).abs().topk(self.count).indices
+            self.current, self.total, self.squares = left.new_zeros(3, self.count, dtype=torch.float32)
+        plan = self._plan.of(self.indices, (left.shape[1], right.shape[1]))
+        self.current += sparse_gradient(left, right, plan)
+
+    def across(self, g: Tensor, x: Tensor) -> None:
+        """The same of a weight that lies transposed."""
+        self(x, g)
 
     def end_update(self) -> None:
         """Count what the backward passes of one update came to."""
@@ -152,7 +121,7 @@ class Candidates:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, after an update."""
-        return {name: value for name, value in vars(self).items() if name != "current"}
+        return {name: value for name, value in vars(self).items() if name not in ("current", "_plan")}
 
     @staticmethod
     def of_state(state: Mapping[str, Any], device: torch.device) -> "Candidates":
@@ -183,13 +152,14 @@ class SpielSlot(Slot):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """y."""
-        layer: Any = base
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        output: Tensor = SparseLinear.apply(  # type: ignore[no-untyped-call]
-            x, self.delta.values, self.delta.indices, layer.weight, layer.bias, self.transposed, self.candidates
-        )
-        return output
+        layer: Any = base
+        weight, plan, watch = layer.weight, self.delta.plan(self.shape), cast(Any, self.candidates)
+        if self.transposed:
+            weight, plan = weight.T, plan.transposed
+            watch = None if watch is None else watch.across
+        return sparse_linear(x, self.delta.values, weight, plan, layer.bias, watch)
 
     def stored(self) -> dict[str, Tensor]:
         """`indices` and `values`."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import CorruptArtifact
+from kernels.sparse_delta import SparsePlan, planned
+from training.methods.remembered import Remembered
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -28,6 +30,11 @@ class SparseDelta(nn.Module):
         super().__init__()
         self.register_buffer("indices", indices.clone())
         self.values = nn.Parameter(torch.zeros(len(indices)) if values is None else values.float().clone())
+        self._plan = Remembered(planned)
+
+    def plan(self, shape: tuple[int, int]) -> SparsePlan:
+        """Where the entries are in a matrix of `shape`; made when η has changed."""
+        return self._plan.of(self.indices, shape)
 
     def added(self, tensor: Tensor) -> Tensor:
         """`tensor` + scatter(η, δ), in its dtype; gradient reaches δ."""
