@@ -406,10 +406,10 @@ def sparse_linear(
 
 
 def _product(x: Tensor, values: Tensor, weight: Tensor, plan: SparsePlan, bias: Tensor | None) -> Tensor:
-    """x(W + S)ᵀ + b by the way that reads less: W + S costs m·n numbers, x·Sᵀ k and some rows for each token."""
-    m, n = plan.shape
+    """x(W + S)ᵀ + b by the way that moves less: W + S costs m·n numbers, x·Sᵀ S itself and a part of it a token."""
+    (m, n), k = plan.shape, len(plan.order)
     flat = flattened(x)
-    if len(flat) * (len(plan.order) / 3 + 4 * m) > m * n:
+    if 2 * k + len(flat) * (k / 3 + 4 * m) > m * n:
         return functional.linear(x, summed(weight, values, plan).to(x.dtype), bias)
     y = functional.linear(flat, weight.to(x.dtype), bias)
     add_sparse_product(y, flat, values, plan)
