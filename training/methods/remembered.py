@@ -23,7 +23,9 @@ class Remembered(Generic[Made]):
 
     def of(self, tensor: Tensor, *others: Any) -> Made:
         """What is made of `tensor` as it is now."""
-        key = (0 if tensor.is_inference() else tensor._version, *others)
+        if tensor.is_inference():  # such a tensor does not count what is written to it
+            return self._make(tensor, *others)
+        key = (tensor._version, *others)
         if self._made is None or tensor is not self._tensor or key != self._key:
             self._made = self._make(tensor, *others)
             self._tensor, self._key = tensor, key

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from infra.errors import Conflict, InvalidInput
@@ -217,6 +218,52 @@ def test_with_all_entries_the_sparse_phase_is_plain_fine_tuning() -> None:
             optimizer.step()
     assert_close(logits(adapted.model, BATCH), logits(plain, BATCH), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(logits(plain, BATCH), logits(tiny_llama(), BATCH), atol=1e-2)
+
+
+def test_in_the_sparse_phase_no_gradient_of_the_whole_weight_is_taken() -> None:
+    adapted = attach(Layer(), entries=5)
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    (slot,) = adapted.slots().values()
+
+    def products() -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                    shapes.append(tuple(result.shape))
+                return result
+
+        with Products():
+            adapted.model(x).square().sum().backward()
+        return shapes
+
+    assert (12, 12) in products()
+    slot.weight.data.normal_()
+    adapted.rewind()
+    slot.weight.grad = None
+    weight = adapted.layers()["layer"].base_layer.weight.detach().clone().requires_grad_()
+    functional.linear(x, weight).square().sum().backward()
+    assert (12, 12) not in products()
+    assert_close(slot.weight.grad, weight.grad * slot.mask("weight"))
+
+
+def test_a_loaded_adapter_trains_on_in_its_places(tmp_path: Path) -> None:
+    adapted = attach(Layer(), entries=5)
+    (slot,) = adapted.slots().values()
+    slot.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save(tmp_path)
+    loaded = METHOD.load(Layer(), tmp_path)
+    (slot,) = loaded.slots().values()
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    base = loaded.layers()["layer"].base_layer
+    loaded.model(x).square().sum().backward()
+    weight = (base.weight.detach() + slot.difference("weight", base.weight).detach()).requires_grad_()
+    bias = (base.bias.detach() + slot.difference("bias", base.bias).detach()).requires_grad_()
+    functional.linear(x, weight, bias).square().sum().backward()
+    assert_close(slot.weight.values.grad, weight.grad.view(-1)[slot.weight.indices.long()])
+    assert_close(slot.bias.values.grad, bias.grad[slot.bias.indices.long()])
 
 
 def test_with_no_entries_only_the_head_trains() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import CorruptArtifact, InvalidInput
@@ -110,6 +111,36 @@ def test_nothing_dense_outlives_the_forward_pass() -> None:
     of_that_size = [tensor for tensor in kept if tensor.shape in sizes]
     assert of_that_size
     assert all(tensor.data_ptr() in weights for tensor in of_that_size)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of all products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_the_weight_is_made_only_where_candidates_are_chosen(transposed: bool) -> None:
+    adapted = attach(Layer(40, 30, transposed), total=40, entries=50, reselect_every=10, accumulate=3)
+    optimizer, held = adapted.optimizer(0.05, 0.0), adapted.layers()["layer"].base_layer.weight.shape
+    dense = []
+    for step in range(25):
+        x = inputs(step, 30).requires_grad_()  # of 5 tokens: no other product has the weight's shape
+        with Products() as seen:
+            adapted.model(x).square().mean().backward()
+        if tuple(held) in seen.shapes:
+            dense.append(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert dense == [0, 10, 20]
 
 
 @pytest.mark.parametrize("growth", GROWTHS)
