@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], object]
-CPU_CLOCKS = ((1, 1, "ms of processor"), (2, 0, "ms"))  # threads, which of `interleaved_seconds`, its unit
+# Threads, which of `interleaved_seconds`, its unit.
+CPU_CLOCKS = ((1, 1, "ms of processor on one thread"), (2, 0, "ms on two threads"))
 _COPIED = 1 << 30  # bytes
 _PRODUCT = 8192  # of the square matrices whose product tells a GPU's rate
 

@@ -1,15 +1,10 @@
 """Products with a few columns of a weight, and their gradient, against the dense gradient and against copies.
 
-    python -m benchmarks.kernels.partial_columns [--repeats 9] [--sweep]
-
 On the CPU in turn with what it is compared with: seconds of the processor on one thread, and of the clock on two, which
-only mean something on an idle machine. Where there is a CUDA device, that is measured instead, in bfloat16, in CUDA
-graphs. Results are compared first: a wrong one ends the
-benchmark. `--sweep` prints what other tiles would take on this GPU.
+only mean something on an idle machine. On a GPU in bfloat16, in CUDA graphs. Results are compared first: a wrong one
+ends the benchmark.
 """
 
-import argparse
-import os
 from collections.abc import Callable
 
 import torch
@@ -18,12 +13,12 @@ from torch import Tensor
 from benchmarks.kernels.measuring import (
     CPU_CLOCKS,
     Ceilings,
-    gpu_ceilings,
     graph_seconds,
     interleaved_seconds,
     require_equal,
 )
-from benchmarks.results_file import Row, write
+from benchmarks.kernels.one import measure
+from benchmarks.results_file import Row
 from kernels import partial_columns
 from kernels.partial_columns import Columns, add_from_columns, add_to_columns, column_gradient, gradient_of_picked
 
@@ -45,7 +40,7 @@ def problem(
     return g, x, torch.randn(m, k, generator=generator, device=device) / k**0.5, Columns(chosen, n)
 
 
-def on_cpu(repeats: int = REPEATS) -> list[Row]:
+def on_cpu() -> list[Row]:
     m, n = CPU_SHAPE
     g, x, _, columns = problem(CPU_SHAPE, n // 100, CPU_TOKENS, torch.float32, "cpu")
     gradients: dict[str, Callable[[], Tensor]] = {
@@ -56,22 +51,22 @@ def on_cpu(repeats: int = REPEATS) -> list[Row]:
     rows = []
     for threads, clock, unit in CPU_CLOCKS:
         torch.set_num_threads(threads)
-        seconds = interleaved_seconds(gradients, repeats)
+        seconds = interleaved_seconds(gradients, REPEATS)
         ours, peer = (1e3 * seconds[each][clock] for each in gradients)
-        claim = f"gradient of 1 % of the columns of {m}×{n}, {CPU_TOKENS} tokens, {threads} threads"
+        claim = f"gradient of 1 % of the columns of {m}×{n}, {CPU_TOKENS} tokens"
         rows.append(Row(claim, ours, peer, "the dense gradient and a gather", unit, 1 / 15, "lower"))
     return rows
 
 
-def on_gpu(ceilings: Ceilings, repeats: int = REPEATS) -> list[Row]:
+def on_gpu(ceilings: Ceilings) -> list[Row]:
     rows = []
     for name, shape in GPU_SHAPES.items():
         for k in GPU_COLUMNS:
-            rows += _rows(f"{k} columns of {shape[0]}×{shape[1]} ({name})", shape, k, ceilings, repeats)
+            rows += _rows(f"{k} columns of {shape[0]}×{shape[1]} ({name})", shape, k, ceilings)
     return rows
 
 
-def _rows(name: str, shape: tuple[int, int], k: int, ceilings: Ceilings, repeats: int) -> list[Row]:
+def _rows(name: str, shape: tuple[int, int], k: int, ceilings: Ceilings) -> list[Row]:
     m = shape[0]
     g, x, B, columns = problem(shape, k, GPU_TOKENS, torch.bfloat16, "cuda")
     chosen, rounded = columns.indices, B.bfloat16()
@@ -129,9 +124,9 @@ def _rows(name: str, shape: tuple[int, int], k: int, ceilings: Ceilings, repeats
         ),
     )
     for what, ours, theirs, peer, goal, moved in pairs:
-        seconds = graph_seconds([ours], repeats)
+        seconds = graph_seconds([ours], REPEATS)
         rows.append(
-            Row(f"{what}, {name}", 1e6 * seconds, 1e6 * graph_seconds([theirs], repeats), peer, "µs", goal, "lower")
+            Row(f"{what}, {name}", 1e6 * seconds, 1e6 * graph_seconds([theirs], REPEATS), peer, "µs", goal, "lower")
         )
         if peer != "dense, gathered":
             claim = f"{what}, {name}: bytes that must be moved"
@@ -139,7 +134,7 @@ def _rows(name: str, shape: tuple[int, int], k: int, ceilings: Ceilings, repeats
     return rows
 
 
-def sweep(ceilings: Ceilings, repeats: int = 5) -> None:
+def sweep(ceilings: Ceilings) -> None:
     """What other tiles would take."""
     del ceilings
     as_it_is = partial_columns._FROM, partial_columns._TO, partial_columns._GRADIENT, partial_columns._PROGRAMS
@@ -151,28 +146,17 @@ def sweep(ceilings: Ceilings, repeats: int = 5) -> None:
             partial_columns._PROGRAMS = programs
             for tile in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)):
                 partial_columns._FROM = partial_columns._GRADIENT = tile
-                forward = graph_seconds([lambda y=y, x=x, B=B, c=columns: add_from_columns(y, x, B, c)], repeats)
-                gradient = graph_seconds([lambda g=g, p=picked, k=k: gradient_of_picked(g, p, k)], repeats)
+                forward = graph_seconds([lambda y=y, x=x, B=B, c=columns: add_from_columns(y, x, B, c)], REPEATS)
+                gradient = graph_seconds([lambda g=g, p=picked, k=k: gradient_of_picked(g, p, k)], REPEATS)
                 print(f"{k} columns, {programs} programs, {tile}: from {1e6 * forward:.1f} µs", end=", ")
                 print(f"gradient {1e6 * gradient:.1f} µs")
         partial_columns._FROM, partial_columns._TO, partial_columns._GRADIENT, partial_columns._PROGRAMS = as_it_is
         for tile in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (32, 256, 4), (64, 64, 4), (64, 128, 4)):
             partial_columns._TO = tile
-            seconds = graph_seconds([lambda i=into, g=g, B=B, c=columns: add_to_columns(i, g, B.T, c)], repeats)
+            seconds = graph_seconds([lambda i=into, g=g, B=B, c=columns: add_to_columns(i, g, B.T, c)], REPEATS)
             print(f"{k} columns, {tile}: to {1e6 * seconds:.1f} µs")
         partial_columns._TO = as_it_is[1]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
-    details = {"load": os.getloadavg()[0]}
-    if not torch.cuda.is_available():
-        write("partial_columns", on_cpu(options.repeats), details=details)
-    elif options.sweep:
-        sweep(gpu_ceilings(options.repeats))
-    else:
-        rows = on_gpu(gpu_ceilings(options.repeats), options.repeats)
-        write("partial_columns", rows, torch.cuda.get_device_name(), details)
+    measure("partial_columns")

@@ -1,15 +1,10 @@
 """The gradient of a few scattered entries of a weight, and their product, against the dense ones.
 
-    python -m benchmarks.kernels.sparse_delta [--repeats 9] [--sweep]
-
 On the CPU in turn with what it is compared with: seconds of the processor on one thread, and of the clock on two, which
-only mean something on an idle machine. Where there is a CUDA device, that is measured instead, in bfloat16, in CUDA
-graphs. Results are compared first: a wrong one ends the
-benchmark. `--sweep` prints what other tiles would take on this GPU.
+only mean something on an idle machine. On a GPU in bfloat16, in CUDA graphs. Results are compared first: a wrong one
+ends the benchmark.
 """
 
-import argparse
-import os
 from collections.abc import Callable
 
 import torch
@@ -20,13 +15,13 @@ from benchmarks.kernels.measuring import (
     CPU_CLOCKS,
     Ceilings,
     event_seconds,
-    gpu_ceilings,
     gpu_peak_bytes,
     graph_seconds,
     interleaved_seconds,
     require_equal,
 )
-from benchmarks.results_file import Row, write
+from benchmarks.kernels.one import measure
+from benchmarks.results_file import Row
 from kernels import sparse_delta
 from kernels.sparse_delta import (
     SparsePlan,
@@ -57,7 +52,7 @@ def problem(
     return g, x, chosen, planned(chosen, shape)
 
 
-def on_cpu(repeats: int = REPEATS) -> list[Row]:
+def on_cpu() -> list[Row]:
     (m, n), rows = CPU_SHAPE, []
     g, x, chosen, plan = problem(CPU_SHAPE, CPU_TOKENS, 0.01, torch.float32, "cpu")
     gradients: dict[str, Callable[[], Tensor]] = {
@@ -69,8 +64,8 @@ def on_cpu(repeats: int = REPEATS) -> list[Row]:
         require_equal(gradient(), gradients["ours"](), peer, 1e-5)
     for threads, clock, unit in CPU_CLOCKS:
         torch.set_num_threads(threads)
-        seconds = interleaved_seconds(gradients, repeats)
-        claim = f"gradient of 1 % scattered entries of {m}×{n}, {CPU_TOKENS} tokens, {threads} threads"
+        seconds = interleaved_seconds(gradients, REPEATS)
+        claim = f"gradient of 1 % scattered entries of {m}×{n}, {CPU_TOKENS} tokens"
         for peer, goal in zip(list(gradients)[1:], (1 / 3, 1.0), strict=True):
             ours, theirs = (1e3 * seconds[each][clock] for each in ("ours", peer))
             rows.append(Row(claim, ours, theirs, peer, unit, goal, "lower"))
@@ -83,20 +78,20 @@ def on_cpu(repeats: int = REPEATS) -> list[Row]:
             "a copy of the weight": lambda part=part: functional.linear(part, _copied(W, chosen, values)),
         }
         require_equal(products["ours"](), products["a copy of the weight"](), "product", 1e-5)
-        seconds = interleaved_seconds(products, repeats)
+        seconds = interleaved_seconds(products, REPEATS)
         ours, theirs = (1e3 * seconds[each][1] for each in products)
         claim = f"layer with 1 % changed entries of {m}×{n}, {tokens} tokens"
         rows.append(Row(claim, ours, theirs, "a copy of the weight", "ms of processor", 1.05, "lower"))
     return rows
 
 
-def on_gpu(ceilings: Ceilings, repeats: int = REPEATS) -> list[Row]:
+def on_gpu(ceilings: Ceilings) -> list[Row]:
     rows = []
     for name, shape in GPU_SHAPES.items():
         for density in DENSITIES:
             g, x, chosen, plan = problem(shape, GPU_TOKENS, density, torch.bfloat16, "cuda")
-            rows += _gradient_rows(f"{shape[0]}×{shape[1]} ({name})", density, g, x, chosen, plan, ceilings, repeats)
-            rows += _product_rows(f"{shape[0]}×{shape[1]} ({name})", density, x, chosen, plan, repeats)
+            rows += _gradient_rows(f"{shape[0]}×{shape[1]} ({name})", density, g, x, chosen, plan, ceilings)
+            rows += _product_rows(f"{shape[0]}×{shape[1]} ({name})", density, x, chosen, plan)
             del g, x
     return rows
 
@@ -109,7 +104,6 @@ def _gradient_rows(
     chosen: Tensor,
     plan: SparsePlan,
     ceilings: Ceilings,
-    repeats: int,
 ) -> list[Row]:
     (m, n), k, claim = plan.shape, len(chosen), f"gradient of {density:.1%} of the entries of {name}"
 
@@ -119,10 +113,10 @@ def _gradient_rows(
     for way in (sparse_gradient, sampled_gradient, blocked_gradient):
         require_equal(way(g, x, plan), dense(), f"{claim}, {way.__name__}")
     seconds = {
-        way.__name__: graph_seconds([lambda way=way: way(g, x, plan)], repeats)
+        way.__name__: graph_seconds([lambda way=way: way(g, x, plan)], REPEATS)
         for way in (sparse_gradient, sampled_gradient, blocked_gradient)
     }
-    ours, peer = 1e3 * seconds["sparse_gradient"], 1e3 * graph_seconds([dense], repeats)
+    ours, peer = 1e3 * seconds["sparse_gradient"], 1e3 * graph_seconds([dense], REPEATS)
     print(f"{claim}: entry by entry {1e3 * seconds['sampled_gradient']:.3f} ms, in blocks of rows", end=" ")
     print(f"{1e3 * seconds['blocked_gradient']:.3f} ms")
     # At 1 % tensor cores take no longer for all entries than the caches for these; what is gained is memory.
@@ -130,10 +124,11 @@ def _gradient_rows(
     rows = [Row(claim, ours, peer, "the dense gradient and a gather", "ms", goal, "lower")]
     fastest = min(seconds["sampled_gradient"], seconds["blocked_gradient"])
     rows.append(Row(f"{claim}: the rule", ours, 1e3 * fastest, "the faster of two ways", "ms", 1.05, "lower"))
-    read = len(x) * (m + n) * x.element_size() + 8 * k  # g and x once, places and sums
-    least = max(read / ceilings.bandwidth, 2 * k * len(x) / ceilings.rate)
-    rows.append(Row(f"{claim}: share of the roofline", 1e3 * least, ours, "measured", "ms", 0.3))
-    if density > 0.004:
+    if density <= 0.004:
+        read = len(x) * (m + n) * x.element_size() + 12 * k  # g and x once, places, sums
+        label = f"{claim}: bytes that must be moved"
+        rows.append(Row(label, 1e-6 * read / ours, ceilings.bandwidth / 1e9, "copying", "GB/s", 0.3))
+    else:
         rate = 2 * m * n * len(x) / seconds["blocked_gradient"]
         label = f"{claim}, in blocks of rows: dense operations"
         rows.append(Row(label, rate / 1e12, ceilings.rate / 1e12, "a product of matrices", "TFLOP/s", 0.8))
@@ -149,7 +144,7 @@ def _gradient_rows(
     return rows
 
 
-def _product_rows(name: str, density: float, x: Tensor, chosen: Tensor, plan: SparsePlan, repeats: int) -> list[Row]:
+def _product_rows(name: str, density: float, x: Tensor, chosen: Tensor, plan: SparsePlan) -> list[Row]:
     m, n = plan.shape
     W, values = torch.randn(m, n, device="cuda").bfloat16(), torch.randn(len(chosen), device="cuda")
     rows = []
@@ -160,15 +155,15 @@ def _product_rows(name: str, density: float, x: Tensor, chosen: Tensor, plan: Sp
         y = functional.linear(part, W)
         add_sparse_product(y, part, values, plan)
         require_equal(y, expected, f"product of {name}")
-        ours = graph_seconds([lambda part=part: sparse_linear(part, values, W, plan)], repeats)
-        peer = graph_seconds([lambda part=part: functional.linear(part, _copied(W, chosen, values))], repeats)
+        ours = graph_seconds([lambda part=part: sparse_linear(part, values, W, plan)], REPEATS)
+        peer = graph_seconds([lambda part=part: functional.linear(part, _copied(W, chosen, values))], REPEATS)
         claim = f"layer with {density:.1%} changed entries of {name}, {tokens} tokens"
         goal = 0.6 if tokens < GPU_TOKENS else 1.05
         rows.append(Row(claim, 1e6 * ours, 1e6 * peer, "a copy of the weight", "µs", goal, "lower"))
     return rows
 
 
-def sweep(ceilings: Ceilings, repeats: int = 5) -> None:
+def sweep(ceilings: Ceilings) -> None:
     """What other tiles of the sampled product, parts of tokens, and blocks of rows would take."""
     del ceilings
     as_it_is = sparse_delta._ENTRIES, sparse_delta._TOKENS, sparse_delta._WARPS, sparse_delta._CACHED
@@ -186,18 +181,18 @@ def sweep(ceilings: Ceilings, repeats: int = 5) -> None:
             for cached in (12, 24, 1024):
                 sparse_delta._ENTRIES, sparse_delta._TOKENS, sparse_delta._WARPS = entries, tokens, warps
                 sparse_delta._CACHED = cached << 20
-                seconds = graph_seconds([lambda g=g, x=x, plan=plan: sampled_gradient(g, x, plan)], repeats)
+                seconds = graph_seconds([lambda g=g, x=x, plan=plan: sampled_gradient(g, x, plan)], REPEATS)
                 print(f"sampled {density:.1%} {entries}×{tokens} {warps} warps, {cached} MiB: {1e3 * seconds:.3f} ms")
         sparse_delta._ENTRIES, sparse_delta._TOKENS, sparse_delta._WARPS, sparse_delta._CACHED = as_it_is
         both = graph_seconds(
-            [lambda g=g, x=x: (sparse_delta._feature_major(g), sparse_delta._feature_major(x))], repeats
+            [lambda g=g, x=x: (sparse_delta._feature_major(g), sparse_delta._feature_major(x))], REPEATS
         )
         print(f"  of which transposing: {1e3 * both:.3f} ms")
         whole = sparse_delta._BLOCK["cuda"]
         for block in (1 << 22, 1 << 23, 1 << 24):
             sparse_delta._BLOCK["cuda"] = block
             other = planned(chosen, shape)
-            seconds = graph_seconds([lambda g=g, x=x, other=other: blocked_gradient(g, x, other)], repeats)
+            seconds = graph_seconds([lambda g=g, x=x, other=other: blocked_gradient(g, x, other)], REPEATS)
             print(f"blocks {density:.1%} of {block >> 20} Mi entries: {1e3 * seconds:.3f} ms")
         sparse_delta._BLOCK["cuda"] = whole
 
@@ -227,15 +222,4 @@ def _torch_sampled(g: Tensor, x: Tensor, plan: SparsePlan) -> Callable[[], Tenso
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
-    details = {"load": os.getloadavg()[0]}
-    if not torch.cuda.is_available():
-        write("sparse_delta", on_cpu(options.repeats), details=details)
-    elif options.sweep:
-        sweep(gpu_ceilings(options.repeats))
-    else:
-        rows = on_gpu(gpu_ceilings(options.repeats), options.repeats)
-        write("sparse_delta", rows, torch.cuda.get_device_name(), details)
+    measure("sparse_delta")

@@ -20,7 +20,8 @@ Weight decay is decoupled and on δ: it pulls to the pre-trained model. The pape
 
 The gradient of δ is taken without G (kernels/sparse_delta.py). Dense are only, one layer at a time, a copy of W in
 forward and backward, where there are too many tokens to do without, and G in the backward pass that chooses candidates;
-all that stays is O(K) (and O(m + n) for SM3).
+all that stays is O(K) (and O(m + n) for SM3). Forward and backward of a 2048 → 2048 layer on 512 tokens, K = 1 %, on
+one CPU thread: bare 102 ms, this form 119 ms, with G and a gather 169 ms, the layer trained whole 150 ms.
 
 Where the authors' code differs: its phases after the first take γ + 1 updates. It sums in the gradient's precision,
 where bfloat16 stops counting at 256; here in float32. It squares and averages the gradients of micro-batches, which are
