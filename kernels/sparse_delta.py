@@ -33,7 +33,7 @@ from torch.nn import functional
 from kernels.dispatch import triton_is_there
 from kernels.packed_bits import flattened, on_triton
 
-Watch = Callable[[Tensor, Tensor], None]  # is shown g [T, m] and x [T, n] in the backward pass
+Watch = Callable[[Tensor, Tensor], None]  # is shown [T, m] and [T, n], of which ∂L/∂W is the product, in backward
 
 _DENSEST = {"cpu": 0.15, "cuda": 0.004}  # up to where entry by entry is faster
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 23}  # entries of W in a block of rows
@@ -324,8 +324,6 @@ def _launch_product(y: Tensor, x: Tensor, values: Tensor, plan: SparsePlan) -> N
 
 def summed(weight: Tensor, values: Tensor, plan: SparsePlan) -> Tensor:
     """A copy of W [m, n] with S added, in the wider of their dtypes and rounded once to W's."""
-    if weight.T.is_contiguous() and not weight.is_contiguous():
-        return summed(weight.T, values, plan.transposed).T
     flat = weight.detach().clone(memory_format=torch.contiguous_format).view(-1)
     place = plan.places
     both = flat[place] + values.detach()[plan.order]
@@ -343,11 +341,12 @@ class _SparseLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         plan: SparsePlan,
+        transposed: bool,
         watch: Watch | None,
     ) -> Tensor:
         ctx.save_for_backward(x, values, weight)
-        ctx.plan, ctx.watch = plan, watch
-        return _product(x, values, weight, plan, None if bias is None else bias.to(x.dtype))
+        ctx.plan, ctx.transposed, ctx.watch = plan, transposed, watch
+        return _product(x, values, weight, plan, transposed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -355,15 +354,15 @@ class _SparseLinear(torch.autograd.Function):
         x, values, weight = ctx.saved_tensors
         for_x = for_values = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = _product(g, values, weight.T, ctx.plan.transposed, None)
+            for_x = _product(g, values, weight, ctx.plan, not ctx.transposed, None)
         if ctx.needs_input_grad[1]:
-            flat = flattened(g), flattened(x)
-            for_values = sparse_gradient(*flat, ctx.plan).to(values.dtype)
+            left, right = (flattened(side) for side in ((x, g) if ctx.transposed else (g, x)))
+            for_values = sparse_gradient(left, right, ctx.plan).to(values.dtype)
             if ctx.watch is not None:
-                ctx.watch(*flat)
+                ctx.watch(left, right)
         if ctx.needs_input_grad[3]:
             for_bias = flattened(g).sum(0)
-        return for_x, for_values, None, for_bias, None, None
+        return for_x, for_values, None, for_bias, None, None, None
 
 
 def sparse_linear_reference(
@@ -380,6 +379,7 @@ def sparse_linear(
     weight: Tensor,
     plan: SparsePlan,
     bias: Tensor | None = None,
+    transposed: bool = False,
     watch: Watch | None = None,
 ) -> Tensor:
     """y = x(W + S)ᵀ + b; gradients reach x, δ and b, and W has none.
@@ -387,32 +387,36 @@ def sparse_linear(
     Args:
         x: [..., n], of a floating dtype, in which products are taken.
         values: δ [k], in the order in which the places were given.
-        weight: W [m, n], of any dtype and strides.
+        weight: W [m, n], of any dtype.
         plan: of k entries of W.
         bias: [m].
-        watch: is shown g and x, flat, when the gradient of δ is taken.
+        transposed: whether it is y = x(W + S) + b, of x [..., m] and b [n].
+        watch: is shown g and x (transposed: x and g), flat, when the gradient of δ is taken.
 
     Returns:
-        [..., m], of x's dtype.
+        [..., m], of x's dtype (transposed: [..., n]).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
     if weight.shape != plan.shape:
         raise ValueError(f"The plan is for a matrix {plan.shape}, the weight is {tuple(weight.shape)}.")
-    _check(x, plan, values)
-    result: Tensor = _SparseLinear.apply(x, values, weight, bias, plan, watch)  # type: ignore[no-untyped-call]
+    _check(x, plan, plan.shape[0 if transposed else 1], values)
+    result: Tensor = _SparseLinear.apply(x, values, weight, bias, plan, transposed, watch)  # type: ignore[no-untyped-call]
     return result
 
 
-def _product(x: Tensor, values: Tensor, weight: Tensor, plan: SparsePlan, bias: Tensor | None) -> Tensor:
+def _product(
+    x: Tensor, values: Tensor, weight: Tensor, plan: SparsePlan, transposed: bool, bias: Tensor | None
+) -> Tensor:
     """x(W + S)ᵀ + b by the way that moves less: W + S costs m·n numbers, x·Sᵀ S itself and a part of it a token."""
-    (m, n), k = plan.shape, len(plan.order)
+    k, m = len(plan.order), plan.shape[1 if transposed else 0]
     flat = flattened(x)
-    if 2 * k + len(flat) * (k / 3 + 4 * m) > m * n:
-        return functional.linear(x, summed(weight, values, plan).to(x.dtype), bias)
-    y = functional.linear(flat, weight.to(x.dtype), bias)
-    add_sparse_product(y, flat, values, plan)
+    if 2 * k + len(flat) * (k / 3 + 4 * m) > weight.numel():
+        whole = summed(weight, values, plan).to(x.dtype)
+        return functional.linear(x, whole.T if transposed else whole, bias)
+    y = functional.linear(flat, (weight.T if transposed else weight).to(x.dtype), bias)
+    add_sparse_product(y, flat, values, plan.transposed if transposed else plan)
     return y.view(*x.shape[:-1], m)
 
 
@@ -427,11 +431,10 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check(x: Tensor, plan: SparsePlan, values: Tensor | None = None) -> None:
+def _check(x: Tensor, plan: SparsePlan, n: int, values: Tensor | None = None) -> None:
     """Refuse x [..., n] and δ [k] that do not go with a plan."""
-    n = plan.shape[1]
     if x.ndim == 0 or x.shape[-1] != n:
-        raise ValueError(f"x is {tuple(x.shape)}; a matrix {plan.shape} needs {n:,} columns.")
+        raise ValueError(f"x is {tuple(x.shape)}; beside a matrix {plan.shape} it needs {n:,} columns.")
     if not x.is_floating_point():
         raise ValueError(f"x must be of a floating dtype, not {x.dtype}.")
     if x.device != plan.order.device:
@@ -448,7 +451,7 @@ def _check(x: Tensor, plan: SparsePlan, values: Tensor | None = None) -> None:
 
 def _check_pair(y: Tensor, x: Tensor, plan: SparsePlan, values: Tensor | None = None) -> None:
     """Refuse what is no y (or g) [T, m] for x [T, n], as well."""
-    _check(x, plan, values)
+    _check(x, plan, plan.shape[1], values)
     if x.ndim != 2 or y.shape != (len(x), plan.shape[0]):
         raise ValueError(f"{tuple(y.shape)} and {tuple(x.shape)} are no two sides of a matrix {plan.shape}.")
     if (y.dtype, y.device) != (x.dtype, x.device):

@@ -65,16 +65,19 @@ def test_the_fast_path_goes_both_ways_and_repeats() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])
-@pytest.mark.parametrize("across", [False, True])
-def test_the_derivatives_are_those_by_differences(tokens: int, across: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_derivatives_are_those_by_differences(tokens: int, transposed: bool) -> None:
     m, n, k = 6, 7, 9
     indices, values, _ = sparse((m, n), k, "cpu")
     plan = planned(indices, (m, n))
     W, b, x = (torch.randn(shape, dtype=torch.float64) for shape in ((m, n), (m,), (tokens, n)))
-    if across:
-        W, b, x, plan = W.T, torch.randn(n, dtype=torch.float64), torch.randn(tokens, m).double(), plan.transposed
+    if transposed:
+        b, x = torch.randn(n, dtype=torch.float64), torch.randn(tokens, m, dtype=torch.float64)
     given = tuple(tensor.requires_grad_() for tensor in (x, values.double(), b))
-    assert torch.autograd.gradcheck(lambda x, v, b: sparse_linear(x, v, W, plan, b), given)
+    assert torch.autograd.gradcheck(lambda x, v, b: sparse_linear(x, v, W, plan, b, transposed), given)
+    S = torch.zeros(m * n, dtype=torch.float64).index_put((indices.long(),), given[1]).view(m, n)
+    expected = x @ (W + S) + b if transposed else x @ (W + S).T + b
+    torch.testing.assert_close(sparse_linear(x, given[1], W, plan, b, transposed), expected)
 
 
 def test_the_fast_path_is_the_reference() -> None:
@@ -180,6 +183,8 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_computed() -> Non
         sparse_linear(x, values, W.T, plan)
     with pytest.raises(ValueError, match="needs 5 columns"):
         sparse_linear(torch.tensor(1.0), values, W, plan)
+    with pytest.raises(ValueError, match="needs 3 columns"):
+        sparse_linear(x, values, W, plan, transposed=True)
 
 
 @pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not installed, or interprets its kernels")

@@ -108,9 +108,7 @@ class DifferenceSlot(Slot, ABC):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if layer.bias is None else self.changed("bias", layer.bias)
             values, plan = sparse
-            if self.transposed:
-                return sparse_linear(x, values, layer.weight.T, plan.transposed, bias)
-            return sparse_linear(x, values, layer.weight, plan, bias)
+            return sparse_linear(x, values, layer.weight, plan, bias, self.transposed)
         changed = {name: self.changed(name, getattr(base, name)) for name in self.names}
         output: Tensor = functional_call(base, changed, (x,))
         return output

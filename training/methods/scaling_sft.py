@@ -109,10 +109,6 @@ class Candidates:
         plan = self._plan.of(self.indices, (left.shape[1], right.shape[1]))
         self.current += sparse_gradient(left, right, plan)
 
-    def across(self, g: Tensor, x: Tensor) -> None:
-        """The same of a weight that lies transposed."""
-        self(x, g)
-
     def end_update(self) -> None:
         """Count what the backward passes of one update came to."""
         self.updates += 1
@@ -156,11 +152,8 @@ class SpielSlot(Slot):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         layer: Any = base
-        weight, plan, watch = layer.weight, self.delta.plan(self.shape), cast(Any, self.candidates)
-        if self.transposed:
-            weight, plan = weight.T, plan.transposed
-            watch = None if watch is None else watch.across
-        return sparse_linear(x, self.delta.values, weight, plan, layer.bias, watch)
+        plan = self.delta.plan(self.shape)
+        return sparse_linear(x, self.delta.values, layer.weight, plan, layer.bias, self.transposed, self.candidates)
 
     def stored(self) -> dict[str, Tensor]:
         """`indices` and `values`."""
