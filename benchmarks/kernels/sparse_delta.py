@@ -24,14 +24,13 @@ from benchmarks.kernels.one import measure
 from benchmarks.results_file import Row
 from kernels import sparse_delta
 from kernels.sparse_delta import (
-    SparsePlan,
     add_sparse_product,
     blocked_gradient,
-    planned,
     sampled_gradient,
     sparse_gradient,
     sparse_linear,
 )
+from kernels.sparse_plan import BLOCK, SparsePlan, planned
 
 REPEATS = 9
 CPU_SHAPE, CPU_TOKENS = (2048, 2048), 512
@@ -188,13 +187,13 @@ def sweep(ceilings: Ceilings) -> None:
             [lambda g=g, x=x: (sparse_delta._feature_major(g), sparse_delta._feature_major(x))], REPEATS
         )
         print(f"  of which transposing: {1e3 * both:.3f} ms")
-        whole = sparse_delta._BLOCK["cuda"]
+        whole = BLOCK["cuda"]
         for block in (1 << 22, 1 << 23, 1 << 24):
-            sparse_delta._BLOCK["cuda"] = block
+            BLOCK["cuda"] = block
             other = planned(chosen, shape)
             seconds = graph_seconds([lambda g=g, x=x, other=other: blocked_gradient(g, x, other)], REPEATS)
             print(f"blocks {density:.1%} of {block >> 20} Mi entries: {1e3 * seconds:.3f} ms")
-        sparse_delta._BLOCK["cuda"] = whole
+        BLOCK["cuda"] = whole
 
 
 def _copied(W: Tensor, chosen: Tensor, values: Tensor) -> Tensor:

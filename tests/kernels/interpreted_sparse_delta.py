@@ -8,14 +8,13 @@ from torch import Tensor
 
 from kernels.dispatch import runs_on_triton
 from kernels.sparse_delta import (
-    SparsePlan,
     add_sparse_product,
     blocked_gradient,
-    planned,
     sampled_gradient,
     sparse_gradient,
     sparse_linear,
 )
+from kernels.sparse_plan import SparsePlan, planned
 from tests.kernels.packed import DTYPES, error, inputs
 
 # (m, n), entries: none, one, all; fewer and more than a program takes, of rows without any and of rows with many.

@@ -12,7 +12,6 @@ from kernels.dispatch import interpreted, triton_is_there
 from kernels.sparse_delta import (
     add_sparse_product,
     blocked_gradient,
-    planned,
     sampled_gradient,
     sparse_gradient,
     sparse_gradient_reference,
@@ -20,6 +19,7 @@ from kernels.sparse_delta import (
     sparse_linear_reference,
     summed,
 )
+from kernels.sparse_plan import BLOCK, planned
 from tests.kernels.compiled import AMPERE, HOPPER, assembly
 from tests.kernels.interpreted_sparse_delta import CASES, case, layer, parts_of_tokens, repeated, sparse
 from tests.kernels.own_process import printed
@@ -91,7 +91,7 @@ def test_the_fast_path_is_the_reference() -> None:
 
 
 def test_blocks_of_rows_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sparse_delta._BLOCK, "cpu", 70)  # two rows of 30
+    monkeypatch.setitem(BLOCK, "cpu", 70)  # two rows of 30
     indices, _, _ = sparse((9, 30), 60, "cpu")
     plan = planned(indices, (9, 30))
     assert len(plan.bounds) == 6
@@ -113,7 +113,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("share", [0.01, 0.5])
 def test_no_gradient_of_the_weight_is_ever_in_memory(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sparse_delta._BLOCK, "cpu", 4096)
+    monkeypatch.setitem(BLOCK, "cpu", 4096)
     m, n, tokens = 256, 256, 8
     plan = planned(torch.randperm(m * n)[: int(share * m * n)], (m, n))
     g, x = torch.randn(tokens, m), torch.randn(tokens, n)

@@ -41,7 +41,8 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
-from kernels.sparse_delta import SparsePlan, planned, sparse_linear
+from kernels.sparse_delta import sparse_linear
+from kernels.sparse_plan import SparsePlan, planned
 from training.methods.contract import AttachContext, Batch, MethodCard, MethodConfig, check_fit
 from training.methods.injected import (
     PREFIX,

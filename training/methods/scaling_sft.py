@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from infra.errors import InvalidInput
-from kernels.sparse_delta import planned, sparse_gradient, sparse_linear
+from kernels.sparse_delta import sparse_gradient, sparse_linear
+from kernels.sparse_plan import planned
 from training.methods.contract import AttachContext, MethodCard, MethodConfig
 from training.methods.injected import InjectedAdapted, InjectedMethod, Slot, base_size
 from training.methods.remembered import Remembered

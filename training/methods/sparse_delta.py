@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import CorruptArtifact
-from kernels.sparse_delta import SparsePlan, planned
+from kernels.sparse_plan import SparsePlan, planned
 from training.methods.remembered import Remembered
 
 Key = TypeVar("Key", bound=Hashable)
