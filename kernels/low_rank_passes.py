@@ -60,7 +60,7 @@ class Tile:
 # For 16-bit numbers and ranks up to 64. `python -m benchmarks.kernels.fused_lora --sweep` times others.
 SHRINK = Tile(columns=128, stages=4, programs=132)
 EXPAND = Tile(columns=128, stages=3, programs=1056)
-BOTH = Tile(columns=128, stages=3, programs=264)  # an expansion and a gradient, or a gradient alone
+BOTH = Tile(columns=128, stages=3, programs=264, warps=8)  # an expansion and a gradient, or a gradient alone
 JOINT = Tile(columns=256, stages=3, programs=132)  # k and ∂B
 
 if triton_is_there():
@@ -232,6 +232,8 @@ class Dropout:
 def shrink(z: Tensor, factor: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
     """scale·(D∘z)·factorᵀ for z [T, c] and a factor [r, c]: [T, r], of z's dtype."""
     (tokens, columns), rank = z.shape, len(factor)
+    if dropout is None and _is_for_cublas(z, rank):
+        return torch.addmm(z.new_empty(()), z, factor.T, beta=0, alpha=scale)
     tile = SHRINK.fitted(rank, z.dtype, dropout is not None, None, _shared_memory(z.device))
     programs = triton.cdiv(tokens, _TOKENS)
     # Few tokens: the columns are divided among several programs, whose sums are added afterwards.
@@ -284,6 +286,8 @@ def shrink_with_gradient(
     """scale·z·factorᵀ, of z's dtype, and hᵀ·z, float32 in the factor's strides: of low rank, in one reading of z."""
     if not wanted:
         return shrink(z, factor, scale), None
+    if len(factor) > _JOINT_RANK and z.dtype.itemsize == 2 and _is_for_cublas(z, len(factor)):
+        return shrink(z, factor, scale), torch.mm(h.T, z, out_dtype=torch.float32)
     if len(factor) > _JOINT_RANK or z.dtype.itemsize > 2:
         return shrink(z, factor, scale), _launch_stripes(BOTH, z, factor, h, gradient=True)
     stripes = triton.cdiv(z.shape[1], JOINT.columns)
@@ -345,6 +349,11 @@ def _launch_stripes(
             num_stages=tile.stages,
         )
     return None if sums is None else sums.sum(0)
+
+
+def _is_for_cublas(z: Tensor, rank: int) -> bool:
+    """Whether cuBLAS shrinks z, in rows that begin on 16 bytes, as fast as memory is read."""
+    return z.is_cuda and (rank * z.element_size()) % 16 == 0
 
 
 def _like(factor: Tensor, parts: int) -> Tensor:

@@ -19,7 +19,6 @@ from benchmarks.kernels.measuring import (
 )
 from benchmarks.kernels.one import measure
 from benchmarks.results_file import Row
-from kernels import partial_columns
 from kernels.partial_columns import Columns, add_from_columns, add_to_columns, column_gradient, gradient_of_picked
 
 REPEATS = 9
@@ -132,30 +131,6 @@ def _rows(name: str, shape: tuple[int, int], k: int, ceilings: Ceilings) -> list
             claim = f"{what}, {name}: bytes that must be moved"
             rows.append(Row(claim, moved / seconds / 1e9, ceilings.bandwidth / 1e9, "copying", "GB/s", 0.6))
     return rows
-
-
-def sweep(ceilings: Ceilings) -> None:
-    """What other tiles would take."""
-    del ceilings
-    as_it_is = partial_columns._FROM, partial_columns._TO, partial_columns._GRADIENT, partial_columns._PROGRAMS
-    for k in GPU_COLUMNS:
-        g, x, B, columns = problem(GPU_SHAPES["attention"], k, GPU_TOKENS, torch.bfloat16, "cuda")
-        y, into = torch.zeros_like(g), torch.zeros_like(x)
-        picked = add_from_columns(y, x, B, columns)
-        for programs in (256, 512, 1024):
-            partial_columns._PROGRAMS = programs
-            for tile in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)):
-                partial_columns._FROM = partial_columns._GRADIENT = tile
-                forward = graph_seconds([lambda y=y, x=x, B=B, c=columns: add_from_columns(y, x, B, c)], REPEATS)
-                gradient = graph_seconds([lambda g=g, p=picked, k=k: gradient_of_picked(g, p, k)], REPEATS)
-                print(f"{k} columns, {programs} programs, {tile}: from {1e6 * forward:.1f} µs", end=", ")
-                print(f"gradient {1e6 * gradient:.1f} µs")
-        partial_columns._FROM, partial_columns._TO, partial_columns._GRADIENT, partial_columns._PROGRAMS = as_it_is
-        for tile in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (32, 256, 4), (64, 64, 4), (64, 128, 4)):
-            partial_columns._TO = tile
-            seconds = graph_seconds([lambda i=into, g=g, B=B, c=columns: add_to_columns(i, g, B.T, c)], REPEATS)
-            print(f"{k} columns, {tile}: to {1e6 * seconds:.1f} µs")
-        partial_columns._TO = as_it_is[1]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""Trained columns: kernels and the fast path against float64 arithmetic, and what is refused."""
+"""Trained columns against float64 arithmetic, and what is refused."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kernels import partial_columns
-from kernels.dispatch import interpreted, triton_is_there
 from kernels.partial_columns import (
     Columns,
     add_from_columns,
@@ -18,12 +15,11 @@ from kernels.partial_columns import (
     column_gradient_reference,
     gradient_of_picked,
 )
-from tests.kernels.compiled import AMPERE, HOPPER, assembly
-from tests.kernels.interpreted_partial_columns import CASES, case, columns, mixed, repeated
+from tests.kernels.native_partial_columns import CASES, case, columns, mixed, repeated
 from tests.kernels.own_process import printed
 from tests.kernels.packed import DTYPES, assert_close
 
-# Of the largest number; what is multiplied in 16 bits is rounded more than once, by the interpreter towards 0.
+# Of the largest number; what is multiplied in 16 bits is rounded more than once.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
 
 
@@ -35,25 +31,16 @@ def assert_report(report: dict[str, Any]) -> None:
     assert report["others"]["repeated"] == 0
 
 
-@pytest.mark.skipif(not triton_is_there(), reason="Triton is not installed")
-def test_the_interpreted_kernels_agree_with_float64_over_odd_shapes_and_dtypes() -> None:
-    assert_report(printed("interpreted_partial_columns", "cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_native_kernels_agree_with_float64_over_odd_shapes_and_dtypes() -> None:
-    assert_report(printed("interpreted_partial_columns", "cuda"))
+def test_on_a_gpu_they_agree_with_float64_over_odd_shapes_and_dtypes() -> None:
+    assert_report(printed("native_partial_columns", "cuda"))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 @pytest.mark.parametrize(("shape", "k"), CASES)
-def test_on_cpu_without_the_interpreter_the_fast_path_agrees_with_float64(
-    shape: tuple[int, int], k: int, dtype: str
-) -> None:
-    found = case(shape, k, dtype, "cpu")
-    assert not found.pop("kernel")
-    assert_close(f"{shape} {dtype}", found, TOLERANCE)
+def test_on_the_cpu_they_agree_with_float64(shape: tuple[int, int], k: int, dtype: str) -> None:
+    assert_close(f"{shape} {dtype}", case(shape, k, dtype, "cpu"), TOLERANCE)
 
 
 def test_dtypes_may_differ_and_results_repeat() -> None:
@@ -119,31 +106,3 @@ def test_what_does_not_fit_is_refused_and_stays_as_it_is() -> None:
     for picked, k in ((x, 6), (x[:, :2], 2), (x[:3], 2)):
         with pytest.raises(ValueError, match="picked features"):
             gradient_of_picked(torch.randn(4, 3), picked, k)
-
-
-@pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not installed, or interprets its kernels")
-@pytest.mark.parametrize(
-    ("architecture", "number", "padded", "steps"),
-    [
-        (HOPPER, "bf16", 64, {}),
-        (HOPPER, "bf16", 16, {"x_step": 1, "g_step": 1}),
-        (HOPPER, "fp16", 128, {"x_step": 1, "k": 1, "tokens": 1, "m": 1}),
-        (AMPERE, "bf16", 128, {"x_step": 1, "g_step": 1}),
-    ],
-)
-def test_the_kernels_compile_to_tensor_core_instructions(
-    architecture: int, number: str, padded: int, steps: dict[str, int], tmp_path: Path
-) -> None:
-    types = dict.fromkeys(("x", "B", "y", "picked", "g"), f"*{number}") | {"out": "*fp32", "scale": "fp32"}
-    types["indices"] = "*i64"
-    for kernel, sizes in (
-        (partial_columns._add_from, {"OUTPUTS": partial_columns._FROM[1], "TOKENS": partial_columns._FROM[0]}),
-        (partial_columns._add_to, {"FEATURES": partial_columns._TO[1], "TOKENS": partial_columns._TO[0]}),
-        (
-            partial_columns._take_gradient,
-            {"ROWS": partial_columns._GRADIENT[1], "TOKENS": partial_columns._GRADIENT[0]},
-        ),
-    ):
-        ones = {name: one for name, one in steps.items() if name in kernel.arg_names}
-        ptx = assembly(kernel, types, architecture, tmp_path, COLUMNS=padded, **sizes, **ones)
-        assert "wgmma.mma_async" in ptx or "mma.sync" in ptx
