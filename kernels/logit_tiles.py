@@ -51,15 +51,15 @@ if triton_is_there():
         row = tl.program_id(0).to(tl.int64)  # one program a row
         tile += row * stride
         column = tl.arange(0, BLOCK)
-        inside = (column < columns) & (column != tl.load(targets + row) - first)
-        y = tl.load(tile + column, mask=inside, other=0.0).to(tl.float32) * scale
+        y = tl.load(tile + column, mask=column < columns, other=0.0).to(tl.float32) * scale
         if CAPPED:
             y = _capped(y, cap)
+        # Without the target, and what lies beyond the last column.
+        inside = (column < columns) & (column != tl.load(targets + row) - first)
         before = tl.load(m + row)
         after = tl.maximum(before, tl.max(tl.where(inside, y, float("-inf")), 0))
         tl.store(m + row, after)
         for term in tl.static_range(TERMS):
-            # Without the target and what lies beyond the last column.
             p = tl.where(inside, tl.exp((y - after) / (second_tau if term else tau)), 0.0)
             shrunk = tl.exp((before - after) / (second_tau if term else tau))
             tl.store(s + term * rows + row, tl.load(s + term * rows + row) * shrunk + tl.sum(p, 0))
