@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import logit_tiles
 from kernels.cross_entropy import IGNORE
-from kernels.dispatch import triton_is_there
+from kernels.dispatch import interpreted, triton_is_there
 from kernels.linear_cross_entropy import Head, SoftTargets, linear_cross_entropy, linear_cross_entropy_reference
 from tests.kernels.heads import KINDS, Case, compared, error, inputs
 from tests.kernels.own_process import printed
@@ -199,3 +201,57 @@ def test_bad_input_is_refused(changed: Callable[[], dict[str, Any]], message: st
 
 def test_good_input_is_not() -> None:
     assert linear_cross_entropy(**GOOD, soft=TEACHER)[1] == 0
+
+
+SIXTEEN = ("tile", "hidden", "weight", "gradient")
+INTEGERS = ("targets", "tokens")
+FLOATS = ("m", "s", "sums", "at_target", "lse", "upstream", "products", "norms", "shares")
+NUMBERS = ("scale", "cap", "tau", "second_tau", "share", "second_share")
+
+
+def ptx(kernel: Any, folder: Path, **constants: int) -> str:
+    """Of a kernel in bfloat16 for an H100, whose pointers and counts are divisible by 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = (
+        dict.fromkeys(SIXTEEN, "*bf16")
+        | dict.fromkeys(INTEGERS, "*i64")
+        | dict.fromkeys(FLOATS, "*fp32")
+        | dict.fromkeys(NUMBERS, "fp32")
+    )
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or kind == "i32"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(folder)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not there, or interprets its kernels")
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_kernels_compile_and_move_sixteen_bytes_at_a_time(terms: int, capped: bool, tmp_path: Path) -> None:
+    shape = {"CAPPED": capped, "TERMS": terms, "BLOCK": 4096}
+    seen = ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=True, STEP=1024)
+    made = ptx(logit_tiles._differentiate, tmp_path, **shape)
+    for code in (seen, made):
+        assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
+        assert "ld.local" not in code and "st.local" not in code  # nothing is spilled
+    assert ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=False, STEP=1024)
+    assert ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=True, STEP=1024, columns=1, width=1, rows=1)
+
+
+@pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not there, or interprets its kernels")
+def test_kernels_of_single_tokens_compile_where_a_count_is_one(tmp_path: Path) -> None:
+    for entries in ({}, {"entries": 1}, {"entries": 1, "width": 1, "vocabulary": 1}):
+        assert ptx(logit_tiles._dot_entries, tmp_path, BLOCK=1024, **entries)
+        assert ptx(logit_tiles._sum_up, tmp_path, BLOCK=1024, TERMS=1, **entries)
