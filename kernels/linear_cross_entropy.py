@@ -85,10 +85,14 @@ def linear_cross_entropy_reference(
     hard = functional.cross_entropy(logits, targets, ignore_index=ignore, reduction="none")
     if soft is None:
         return hard
+    return torch.where(targets == ignore, 0.0, (1 - soft.weight) * hard + soft.weight * divergence(logits, soft))
+
+
+def divergence(logits: Tensor, soft: SoftTargets) -> Tensor:
+    """τ²·KL(p_τ ‖ q_τ) [N] of a student's logits [N, V], all in memory."""
     teacher = (soft.logits.to(logits.dtype) / soft.temperature).log_softmax(-1)
     student = (logits / soft.temperature).log_softmax(-1).gather(-1, soft.tokens)
-    divergence = soft.temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
-    return torch.where(targets == ignore, 0.0, (1 - soft.weight) * hard + soft.weight * divergence)
+    return soft.temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def linear_cross_entropy(

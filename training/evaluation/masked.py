@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kernels.cross_entropy import IGNORE, cross_entropy
+from kernels.cross_entropy import IGNORE
 from training.data.batching import Padding
 from training.data.encoding import encode_masked
 from training.evaluation.prompt_cache import in_batches, judging
-from training.objectives.labelled_positions import labelled_logits
+from training.objectives.labelled_positions import labelled_losses
 
 
 def masked_losses(
@@ -41,9 +41,8 @@ def masked_losses(
         for places in in_batches([len(example.input_ids) for example in encoded], batch_tokens):
             batch = {name: tensor.to(device) for name, tensor in padding([encoded[p] for p in places]).items()}
             labels = batch.pop("labels")
-            found = labelled_logits(model, batch, labels, shift=0)
-            of_token = cross_entropy(found.logits, labels[found.rows, found.columns])
-            of_text = of_token.new_zeros(len(places)).index_add(0, found.rows, of_token)
+            found = labelled_losses(model, batch, labels, shift=0)
+            of_text = found.losses.new_zeros(len(places)).index_add(0, found.rows, found.losses)
             for place, loss in zip(places, of_text.tolist(), strict=True):
                 losses[place] = loss
             done += len(places)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import InvalidInput
-from kernels.cross_entropy import IGNORE, cross_entropy
+from kernels.cross_entropy import IGNORE
+from kernels.linear_cross_entropy import SoftTargets
 from training.data.batching import Padding
 from training.data.encoding import Encoded
 from training.objectives.causal_lm import CausalLM
-from training.objectives.labelled_positions import labelled_count, labelled_logits
+from training.objectives.labelled_positions import labelled_count, labelled_loss
 from training.objectives.objective import Loss
 from training.options import TrainingOptions
 
@@ -66,12 +67,8 @@ class Distillation:
             return CausalLM()(model, batch)
         inputs: dict[str, Any] = {name: batch[name] for name in batch if name not in _JUDGED}
         inputs["use_cache"] = False
-        found = labelled_logits(model, inputs, batch["labels"], shift=1)
-        hard = cross_entropy(found.logits, batch["labels"][found.rows, found.columns]).sum()
-        teacher = (batch["soft_logits"] / self.temperature).log_softmax(dim=-1)  # [N, K]
-        student = (found.logits.float() / self.temperature).log_softmax(dim=-1).gather(-1, batch["soft_tokens"])
-        soft = self.temperature**2 * (teacher.exp() * (teacher - student)).sum()
-        return Loss((1 - self.weight) * hard + self.weight * soft, len(found.rows), found.outputs)
+        soft = SoftTargets(batch["soft_tokens"], batch["soft_logits"], self.temperature, self.weight)
+        return labelled_loss(model, inputs, batch["labels"], shift=1, soft=soft)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """See `Objective`."""

@@ -3,6 +3,9 @@
 A model's vocabulary head is often its largest matrix (Gemma 3 270M: 262,144 × 640), and completion-only data label few
 positions. A hook in front of the head hands it the labelled rows of the hidden states alone, so everything the
 architecture does around its head (scaling, soft-capping) stays as it is, and loss and gradient are what they were.
+
+Where the head is an ordinary linear layer, its loss is computed without ever having all logits
+(`training.objectives.fused_head`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infra.errors import InvalidInput
 from kernels.cross_entropy import IGNORE, cross_entropy
+from kernels.linear_cross_entropy import SoftTargets, divergence
+from training.objectives.fused_head import fused_losses, output_head
 from training.objectives.objective import Loss
 
 
@@ -38,8 +43,7 @@ def head_sees_only(model: nn.Module, rows: Tensor, columns: Tensor, length: int)
         hidden, *others = arguments  # [B, ≥L, H]
         return (hidden[rows, columns + (hidden.shape[1] - length)].unsqueeze(0), *others)  # [1, N, H]
 
-    find_head = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = find_head() if find_head else None
+    head = output_head(model)
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
         yield
@@ -64,6 +68,20 @@ class Labelled(NamedTuple):
     outputs: Any
 
 
+class Judged(NamedTuple):
+    """What a batch's labels cost.
+
+    Args:
+        losses: [N], float32, of each labelled position.
+        rows: [N], where in the batch.
+        outputs: what the model returned; perhaps with logits [1, 0, V], as none were made.
+    """
+
+    losses: Tensor
+    rows: Tensor
+    outputs: Any
+
+
 def labelled_logits(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Labelled:
     """The logits from which labels are predicted.
 
@@ -76,12 +94,7 @@ def labelled_logits(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor,
     Raises:
         InvalidInput: no position of the batch has a label.
     """
-    rows, columns = (labels[:, shift:] != IGNORE).nonzero(as_tuple=True)  # [N] each
-    if not len(rows):
-        raise InvalidInput(
-            f"None of the {labels.numel()} positions of a batch has a label, so it has no loss.",
-            "Give every example a completion, or train on everything: training.loss_on: everything.",
-        )
+    rows, columns = _labelled(labels, shift)
     length = labels.shape[1]
     with head_sees_only(bare(model), rows, columns, length):
         outputs = model(**inputs)
@@ -91,11 +104,48 @@ def labelled_logits(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor,
     return Labelled(logits.reshape(len(rows), -1), rows, columns + shift, outputs)
 
 
-def labelled_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int) -> Loss:
-    """Cross-entropy summed over the labelled positions of a batch; arguments and errors as of `labelled_logits`."""
+def _labelled(labels: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the positions that labels are predicted from."""
+    rows, columns = (labels[:, shift:] != IGNORE).nonzero(as_tuple=True)  # [N] each
+    if not len(rows):
+        raise InvalidInput(
+            f"None of the {labels.numel()} positions of a batch has a label, so it has no loss.",
+            "Give every example a completion, or train on everything: training.loss_on: everything.",
+        )
+    return rows, columns
+
+
+def labelled_losses(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int, soft: SoftTargets | None = None
+) -> Judged:
+    """The loss at each labelled position of a batch, without logits in memory where the head allows it.
+
+    Args:
+        model: as of `labelled_logits`, as are the next three, and the error.
+        inputs: see there.
+        labels: see there.
+        shift: see there.
+        soft: what a teacher says of the N labelled positions, in the order of the batch's rows.
+    """
+    rows, columns = _labelled(labels, shift)
+    targets = labels[rows, columns + shift]
+    with head_sees_only(bare(model), rows, columns, labels.shape[1]):
+        fused = fused_losses(model, bare(model), inputs, targets, soft)
+    if fused is not None:
+        return Judged(fused.losses, rows, fused.outputs)
     found = labelled_logits(model, inputs, labels, shift)
-    total = cross_entropy(found.logits, labels[found.rows, found.columns]).sum()
-    return Loss(total, len(found.rows), found.outputs)
+    losses = cross_entropy(found.logits, targets)
+    if soft is not None:
+        losses = (1 - soft.weight) * losses + soft.weight * divergence(found.logits.float(), soft)
+    return Judged(losses, rows, found.outputs)
+
+
+def labelled_loss(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift: int, soft: SoftTargets | None = None
+) -> Loss:
+    """`labelled_losses`, summed."""
+    found = labelled_losses(model, inputs, labels, shift, soft)
+    return Loss(found.losses.sum(), len(found.rows), found.outputs)
 
 
 def labelled_count(labels: Tensor, shift: int) -> Tensor:
