@@ -4,7 +4,7 @@ Same model, same adapter to the bit, same batches, same optimiser, same threads,
 their users have them; the two take turns, and the medians of their steps are compared. Ours runs through `train`,
 everything that it does at every step included.
 
-    python -m benchmarks.training_step [tiny smollm2 smollm2-completions gemma3-completions] [--repeats 3]
+    python -m benchmarks.training_step [tiny smollm2 smollm2-completions gemma3 gemma3-completions] [--repeats 3]
 
 On a GPU both sides have a bfloat16 base and compute in bfloat16 (autocast), on batches large enough to keep it busy:
 smollm2-gpu and smollm2-gpu-completions, which are the default there.
@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import peft
 import torch
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import peak_memory
 from benchmarks.results_file import Row, write
 from infra.settings import get_settings
 from training.base_models import load_base
@@ -59,6 +60,7 @@ class Case:
         steps: timed in each turn.
         batch: examples a step.
         precision: what both sides compute in.
+        memory: where it is told, what ours should take at most of the peer's, above what was there before.
     """
 
     claim: str
@@ -69,6 +71,7 @@ class Case:
     steps: int = 8
     batch: int = 8
     precision: Literal["float32", "bfloat16"] = "float32"
+    memory: float | None = None
 
 
 def tiny_llama() -> nn.Module:
@@ -99,6 +102,9 @@ CASES = {
     "tiny": Case("training step, every token labelled, tiny Llama, 8×64", tiny_llama, 64, 63, 0.97, steps=40),
     "smollm2": Case("training step, every token labelled, SmolLM2-135M, 8×64", SMOLLM2, 64, 63, 0.97),
     "smollm2-completions": Case("training step, completions labelled, SmolLM2-135M, 8×40", SMOLLM2, 40, 4, 1.4),
+    "gemma3": Case(
+        "training step, every token labelled, Gemma-3-270M, 8×128", GEMMA3, 128, 127, 1.0, steps=2, memory=1 / 3
+    ),
     "gemma3-completions": Case("training step, completions labelled, Gemma-3-270M, 8×40", GEMMA3, 40, 4, 2.5),
 }
 ON_GPU = {
@@ -118,6 +124,20 @@ ON_GPU = {
 }
 ALL = {**CASES, **ON_GPU}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the last loss
+
+
+class Turn(NamedTuple):
+    """One side's run.
+
+    Args:
+        seconds: of each step that is timed.
+        losses: of each step.
+        peak: the most bytes in use, above those before the first step.
+    """
+
+    seconds: list[float]
+    losses: list[float]
+    peak: int
 
 
 class Recorder:
@@ -146,8 +166,8 @@ def examples(case: Case, vocabulary: int, number: int) -> list[Encoded]:
     return made
 
 
-def ours(case: Case, directory: Path) -> tuple[list[float], list[float]]:
-    """Seconds and losses of one pass of `train`; a step is the time between two events. Leaves what the peer needs."""
+def ours(case: Case, directory: Path) -> Turn:
+    """One pass of `train`; a step is the time between two events. Leaves what the peer needs."""
     base = case.model().to(best_device())
     made = examples(case, base.config.vocab_size, case.batch * (case.steps + 1))
     method = get_method("lora")
@@ -171,13 +191,14 @@ def ours(case: Case, directory: Path) -> tuple[list[float], list[float]]:
         checkpoint_every=10_000,
         precision=case.precision,
     )
-    train(adapted, objective, made, [], options, padding=Padding(0), seed=0, workdir=directory, on_event=note)
+    with peak_memory() as peak:
+        train(adapted, objective, made, [], options, padding=Padding(0), seed=0, workdir=directory, on_event=note)
     save_file({f"{n} {key}": t for n, b in enumerate(objective.batches) for key, t in b.items()}, directory / "batches")
-    return [after - before for before, after in pairwise(moments)], losses
+    return Turn([after - before for before, after in pairwise(moments)], losses, peak[0])
 
 
-def peer(case: Case, directory: Path) -> tuple[list[float], list[float]]:
-    """Seconds and losses of a plain loop; its first step is not timed, as ours is not."""
+def peer(case: Case, directory: Path) -> Turn:
+    """A plain loop; its first step is not timed, as ours is not."""
     device = best_device()
     targets = json.loads((directory / "targets.json").read_text())
     model = peft.get_peft_model(case.model().to(device), peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets))
@@ -191,53 +212,55 @@ def peer(case: Case, directory: Path) -> tuple[list[float], list[float]]:
     optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
     model.train()
     seconds, losses = [], []
-    for batch in batches:
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bfloat16"):
-            loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], losses
+    with peak_memory() as peak:
+        for batch in batches:
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bfloat16"):
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - started)
+            del loss
+    return Turn(seconds[1:], losses, peak[0])
 
 
 SIDES = {"ours": ours, "peer": peer}
 
 
-def turn(side: str, name: str, directory: Path) -> tuple[list[float], list[float]]:
+def turn(side: str, name: str, directory: Path) -> Turn:
     """One side in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training_step", name, "--side", side]
     subprocess.run([*command, "--directory", str(directory)], check=True)
-    seconds, losses = json.loads((directory / f"{side}.json").read_text())
-    return seconds, losses
+    return Turn(*json.loads((directory / f"{side}.json").read_text()))
 
 
-def measure(name: str, repeats: int) -> Row:
+def measure(name: str, repeats: int) -> list[Row]:
     case = ALL[name]
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    peaks: dict[str, list[int]] = {side: [] for side in SIDES}
     for _ in range(repeats):
         with TemporaryDirectory() as directory:
             last = {}
             for side in SIDES:
-                took, losses = turn(side, name, Path(directory))
-                seconds[side] += took
-                last[side] = losses[-1]
+                found = turn(side, name, Path(directory))
+                seconds[side] += found.seconds
+                peaks[side].append(found.peak)
+                last[side] = found.losses[-1]
         if abs(last["ours"] - last["peer"]) > TOLERANCE[case.precision] * last["peer"]:
             raise SystemExit(f"{name}: the two do not learn the same ({last}); the comparison means nothing")
     print(f"{name}: losses of the last step {last['ours']:.6f} (ours), {last['peer']:.6f} (peer)")
     print(f"{name}: seconds a step {median(seconds['ours']):.4f} (ours), {median(seconds['peer']):.4f} (peer)")
     tokens = case.batch * case.length
-    return Row(
-        claim=case.claim,
-        ours=tokens / median(seconds["ours"]),
-        peer=tokens / median(seconds["peer"]),
-        peer_name="bare peft, plain loop, own loss",
-        unit="tokens/s",
-        goal=case.goal,
-    )
+    peer_name = "bare peft, plain loop, own loss"
+    speeds = [tokens / median(seconds[side]) for side in SIDES]
+    rows = [Row(case.claim, *speeds, peer_name, "tokens/s", case.goal)]
+    if case.memory is not None:
+        most = [median(peaks[side]) / 1e6 for side in SIDES]
+        rows.append(Row(f"{case.claim}, memory on top", *most, peer_name, "MB", case.memory, "lower"))
+    return rows
 
 
 if __name__ == "__main__":
@@ -253,5 +276,5 @@ if __name__ == "__main__":
     else:
         device = best_device()
         chosen = arguments.cases or (CASES if device.type == "cpu" else ON_GPU)
-        rows = [measure(name, arguments.repeats) for name in chosen]
+        rows = [row for name in chosen for row in measure(name, arguments.repeats)]
         write("training_step", rows, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))

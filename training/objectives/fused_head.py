@@ -102,7 +102,7 @@ def _after(model: nn.Module) -> tuple[float, float | None]:
 
 @contextmanager
 def _answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    head.forward = answer  # type: ignore[method-assign]
+    head.forward = answer
     try:
         yield
     finally:
