@@ -30,7 +30,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kernels.cross_entropy import IGNORE
-from kernels.logit_tiles import LOWEST, WIDEST, Dense, entry_logits, exact_dtype, make_gradient, put_gradient, see
+from kernels.logit_tiles import (
+    LOWEST,
+    WIDEST,
+    Dense,
+    at_target,
+    entry_logits,
+    exact_dtype,
+    log_sums,
+    make_gradient,
+    odds,
+    put_gradient,
+    see,
+)
 
 _CPU_TILE = 1024  # rows, and columns, of the logits that are in the cache together
 _LEAST = 8 << 20  # bytes of working memory on a GPU where the hidden states themselves take less
@@ -156,29 +168,12 @@ class _Loss:
         if self.soft is not None and self.soft.weight:
             temperature = float(self.soft.temperature)
             terms[temperature] = terms.get(temperature, 0.0) + self.soft.weight * temperature
-        return Dense(self.scale, self.cap, terms)
+        return Dense(self.scale, self.cap, terms, self.hard, self.ignore)
 
     def entries(self, targets: Tensor) -> Tensor:
         """[N, 1 + K]: the tokens whose gradient has a part of its own: the target, then the teacher's."""
         known = torch.where(targets == self.ignore, 0, targets)[:, None]
         return known if self.soft is None else torch.cat([known, self.soft.tokens], dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Settled:
-    """What is known of n rows once all of the vocabulary has been seen.
-
-    Args:
-        loss: [n].
-        lse: [T, n], log Σᵥ e^{y/τ} at each of T temperatures; ∞ of rows that do not count.
-        norms: [T, n], what Σ e^{(y−m)/τ}·y′/γ·W is to be multiplied by.
-        shares: [n, 1 + K], of the entries, in the gradient of h·Wᵀ + b.
-    """
-
-    loss: Tensor
-    lse: Tensor
-    norms: Tensor
-    shares: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -210,35 +205,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _stream(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, of: _Loss, targets: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss [N], lse [T, N], the entries' shares [N, 1 + K] and, where it is wanted, each loss's gradient [N, H]."""
+    """Loss [N], lse [T, N], the entries' parts of the gradient of h·Wᵀ + b [N, 1 + K] and, if wanted, that of h."""
     rows, exact, dense = len(hidden), exact_dtype(hidden), of.dense
     tokens = of.entries(targets)
     logits = entry_logits(hidden, weight, bias, dense, tokens)
+    cross, of_teacher = _of_teacher(of, logits, targets)
     terms = len(dense.terms)
     most, columns = _tile(hidden, terms, wanted)
-    loss, lse = hidden.new_empty(rows, dtype=exact), hidden.new_empty((terms, rows), dtype=exact)
-    shares, gradient = torch.empty_like(logits), torch.empty_like(hidden) if wanted else None
+    m = hidden.new_full((rows,), LOWEST, dtype=exact)
+    s = hidden.new_zeros((terms, rows), dtype=exact)
+    gradient = torch.empty_like(hidden) if wanted else None
     tiles = hidden.new_empty((terms if wanted else 1, most, columns))
     sums = hidden.new_empty((terms, most, hidden.shape[1]), dtype=exact) if wanted else None
     pieces = _pieces(weight, bias, columns)
     for start in range(0, rows, most):
         here = slice(start, min(start + most, rows))
-        h, t = hidden[here], targets[here]
-        m = hidden.new_full((len(h),), LOWEST, dtype=exact)
-        s = hidden.new_zeros((terms, len(h)), dtype=exact)
+        h, of_block = hidden[here], (targets[here], m[here], s[:, here])
         total = None if sums is None else sums[:, : len(h)].zero_()
         for first, piece, piece_bias in pieces:
             tile = tiles[:, : len(h), : len(piece)]
             _multiply(h, piece, piece_bias, tile[0])
-            see(tile, t, m, s, total, first, dense)
+            see(tile, *of_block, total, first, dense)
             if total is not None:
                 for term in range(terms):
                     _accumulate(total[term], tile[term], piece)
-        settled = _settle(m, s, logits[here], t, of, here)
-        loss[here], lse[:, here], shares[here] = settled.loss, settled.lse, settled.shares
         if gradient is not None and total is not None:
-            put_gradient(gradient[here], total, settled.norms, settled.shares, weight, tokens[here])
-    return loss, lse, shares, gradient
+            part = None if of_teacher is None else of_teacher[here]
+            seen = m[here], s[:, here], logits[here], targets[here]
+            put_gradient(gradient[here], total, *seen, part, weight, tokens[here], dense)
+    counted, target = targets != of.ignore, logits[:, 0]
+    lse = log_sums(m, s, target, dense)
+    loss = torch.zeros_like(m)
+    if of.hard:
+        loss = of.hard * functional.softplus(odds(m, s, target, dense)[0], threshold=50)
+    if of.soft is not None and cross is not None:
+        loss = loss + of.soft.weight * of.soft.temperature**2 * (cross + lse[-1])
+    shares = torch.where(counted, at_target(m, s, target, dense), 0.0)[:, None]
+    if of_teacher is not None:
+        shares = torch.cat([shares, of_teacher], dim=1)
+    return torch.where(counted, loss, 0.0), torch.where(counted, lse, torch.inf), shares, gradient
+
+
+def _of_teacher(of: _Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Σₖ pₖ·(log pₖ − yₖ/τ) [N], and the teacher's part of the gradient of h·Wᵀ + b at its tokens [N, K]."""
+    if of.soft is None:
+        return None, None
+    tau, student = of.soft.temperature, logits[:, 1:]
+    teacher = (of.soft.logits.to(logits.dtype) / tau).log_softmax(-1)
+    part = -of.soft.weight * tau * teacher.exp() * of.dense.slopes(student)
+    cross = (teacher.exp() * (teacher - student / tau)).sum(-1)
+    return cross, torch.where((targets != of.ignore)[:, None], part, 0.0)
 
 
 def _of_head(
@@ -250,11 +266,11 @@ def _of_head(
     of_bias = torch.empty_like(bias) if bias_wanted and bias is not None else None
     columns = _columns_of_all(hidden)
     tile = hidden.new_empty((len(hidden), columns))
-    at_target, tokens = shares[:, 0].contiguous(), None if of.soft is None else of.soft.tokens
+    first_share, tokens = shares[:, 0].contiguous(), None if of.soft is None else of.soft.tokens
     for first, piece, piece_bias in _pieces(weight, bias, columns):
         part, here = tile[:, : len(piece)], slice(first, first + len(piece))
         _multiply(hidden, piece, piece_bias, part)
-        make_gradient(part, targets, at_target, lse, upstream, first, of.dense)
+        make_gradient(part, targets, first_share, lse, upstream, first, of.dense)
         if tokens is not None:
             inside = (tokens >= first) & (tokens < here.stop)
             added = torch.where(inside, shares[:, 1:] * upstream[:, None], 0.0).to(part.dtype)
@@ -264,33 +280,6 @@ def _of_head(
         if of_bias is not None:
             of_bias[here] = part.sum(0, dtype=lse.dtype)
     return of_weight, of_bias
-
-
-def _settle(m: Tensor, s: Tensor, logits: Tensor, targets: Tensor, of: _Loss, here: slice) -> _Settled:
-    """What follows from the sums s [T, n] over all but the target, relative to m [n], and the entries' logits."""
-    target, zero, terms = logits[:, 0], torch.zeros_like(m), of.dense.terms
-    odds = {tau: s[term].log() + (m - target) / tau for term, tau in enumerate(terms)}  # d
-    lse = {tau: target / tau + torch.logaddexp(d, zero) for tau, d in odds.items()}
-    norms = [share * of.scale * (m / tau - lse[tau]).exp() for tau, share in terms.items()]
-    loss, shares = zero, torch.zeros_like(logits)
-    if of.hard:
-        loss = of.hard * torch.logaddexp(odds[1.0], zero)
-        shares[:, 0] -= of.hard * torch.sigmoid(odds[1.0])
-    if of.soft is not None and of.soft.weight:
-        tau, weight = float(of.soft.temperature), of.soft.weight
-        teacher = (of.soft.logits[here].to(m.dtype) / tau).log_softmax(-1)
-        cross = (teacher.exp() * (teacher - logits[:, 1:] / tau)).sum(-1)
-        loss = loss + weight * tau**2 * (cross + lse[tau])
-        shares[:, 0] += weight * tau * torch.sigmoid(-odds[tau])
-        shares[:, 1:] -= weight * tau * teacher.exp()
-    shares *= of.scale if of.cap is None else of.scale * (1 - (logits / of.cap) ** 2)
-    counted = targets != of.ignore
-    return _Settled(
-        torch.where(counted, loss, 0.0),
-        torch.where(counted, torch.stack(list(lse.values())), torch.inf),
-        torch.where(counted, torch.stack(norms), 0.0),
-        torch.where(counted[:, None], shares, 0.0),
-    )
 
 
 def _tile(hidden: Tensor, terms: int, wanted: bool) -> tuple[int, int]:

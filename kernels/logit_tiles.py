@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.dispatch import runs_on_triton, triton_is_there
 
@@ -35,13 +36,13 @@ if triton_is_there():
         columns,
         stride,
         plane,
-        rows,
+        s_plane,
         width,
         sums_plane,
         scale,
         cap,
-        tau,
-        second_tau,
+        rate,
+        second_rate,
         CAPPED: tl.constexpr,
         TERMS: tl.constexpr,
         GRADIENT: tl.constexpr,
@@ -60,20 +61,21 @@ if triton_is_there():
         after = tl.maximum(before, tl.max(tl.where(inside, y, float("-inf")), 0))
         tl.store(m + row, after)
         for term in tl.static_range(TERMS):
-            p = tl.where(inside, tl.exp((y - after) / (second_tau if term else tau)), 0.0)
-            shrunk = tl.exp((before - after) / (second_tau if term else tau))
-            tl.store(s + term * rows + row, tl.load(s + term * rows + row) * shrunk + tl.sum(p, 0))
+            p = tl.where(inside, tl.exp((y - after) * (second_rate if term else rate)), 0.0)
+            shrunk = tl.exp((before - after) * (second_rate if term else rate))
+            begun = s + term * s_plane + row
+            tl.store(begun, tl.load(begun) * shrunk + tl.sum(p, 0))
             if GRADIENT:
                 if CAPPED:
                     p *= 1 - (y / cap) * (y / cap)
                 # Over the logits, which no other program reads; y is in registers.
                 tl.store(tile + term * plane + column, p.to(tile.dtype.element_ty), mask=column < columns)
                 if after > before:
-                    begun = sums + term * sums_plane + row * width
                     for begin in range(0, width, STEP):
                         place = begin + tl.arange(0, STEP)
-                        found = tl.load(begun + place, mask=place < width, other=0.0)
-                        tl.store(begun + place, found * shrunk, mask=place < width)
+                        total = sums + term * sums_plane + row * width + place
+                        found = tl.load(total, mask=place < width, other=0.0)
+                        tl.store(total, found * shrunk, mask=place < width)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _differentiate(  # type: ignore[no-untyped-def]
@@ -88,8 +90,8 @@ if triton_is_there():
         rows,
         scale,
         cap,
-        tau,
-        second_tau,
+        rate,
+        second_rate,
         share,
         second_share,
         CAPPED: tl.constexpr,
@@ -102,9 +104,9 @@ if triton_is_there():
         y = tl.load(tile + column, mask=column < columns, other=0.0).to(tl.float32) * scale
         if CAPPED:
             y = _capped(y, cap)
-        gradient = share * tl.exp(y / tau - tl.load(lse + row))
+        gradient = share * tl.exp(y * rate - tl.load(lse + row))
         if TERMS == 2:
-            gradient += second_share * tl.exp(y / second_tau - tl.load(lse + rows + row))
+            gradient += second_share * tl.exp(y * second_rate - tl.load(lse + rows + row))
         if CAPPED:
             gradient *= 1 - (y / cap) * (y / cap)
         gradient = tl.where(column == tl.load(targets + row) - first, tl.load(at_target + row), gradient * scale)
@@ -131,33 +133,62 @@ if triton_is_there():
     @triton.jit  # type: ignore[untyped-decorator]
     def _sum_up(  # type: ignore[no-untyped-def]
         sums,
-        norms,
+        m,
+        s,
+        logits,
+        targets,
+        of_teacher,
         weight,
         tokens,
-        shares,
         gradient,
-        rows,
         width,
         sums_plane,
+        s_plane,
         vocabulary,
         entries,
         weight_stride,
         stride,
+        ignore,
+        scale,
+        cap,
+        rate,
+        second_rate,
+        share,
+        second_share,
+        hard,
+        CAPPED: tl.constexpr,
         TERMS: tl.constexpr,
+        TAUGHT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = place < width
+        counted = tl.where(tl.load(targets + row) == ignore, 0.0, 1.0)
+        of_target = tl.load(logits + row * entries)
+        most = tl.load(m + row)
         total = tl.zeros([BLOCK], tl.float32)
+        of_entry = 0.0
         for term in tl.static_range(TERMS):
-            begun = sums + term * sums_plane + row * width
-            total += tl.load(begun + place, mask=inside, other=0.0) * tl.load(norms + term * rows + row)
-        for entry in range(entries):
-            token = tl.load(tokens + row * entries + entry)
-            known = tl.minimum(tl.maximum(token, 0), vocabulary - 1)
-            found = tl.load(weight + known * weight_stride + place, mask=inside, other=0.0).to(tl.float32)
-            total += tl.load(shares + row * entries + entry) * found
+            by = second_rate if term else rate
+            part = second_share if term else share
+            of_label = 0.0 if term else hard
+            d = tl.log(tl.load(s + term * s_plane + row)) + (most - of_target) * by
+            rest = 1 / (1 + tl.exp(-d))
+            of_entry += (part - of_label) * (1 - rest) - of_label * rest
+            softplus = tl.maximum(d, 0.0) + tl.log(1 + tl.exp(-tl.abs(d)))
+            norm = part * scale * tl.exp((most - of_target) * by - softplus) * counted
+            total += tl.load(sums + term * sums_plane + row * width + place, mask=inside, other=0.0) * norm
+        of_entry *= scale * counted
+        if CAPPED:
+            of_entry *= 1 - (of_target / cap) * (of_target / cap)
+        token = tl.minimum(tl.maximum(tl.load(tokens + row * entries), 0), vocabulary - 1)
+        total += of_entry * tl.load(weight + token * weight_stride + place, mask=inside, other=0.0).to(tl.float32)
+        if TAUGHT:
+            for entry in range(1, entries):
+                token = tl.minimum(tl.maximum(tl.load(tokens + row * entries + entry), 0), vocabulary - 1)
+                found = tl.load(weight + token * weight_stride + place, mask=inside, other=0.0).to(tl.float32)
+                total += tl.load(of_teacher + row * (entries - 1) + entry - 1) * found
         tl.store(gradient + row * stride + place, total.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -169,11 +200,19 @@ class Dense:
         scale: γ.
         cap: c, or None for ∞.
         terms: the share of each of one or two temperatures τ.
+        hard: how much of the share of the first, then 1, is of labels: the gradient at a target is that much less.
+        ignore: marks targets that do not count.
     """
 
     scale: float
     cap: float | None
     terms: Mapping[float, float]
+    hard: float
+    ignore: int
+
+    def slopes(self, y: Tensor) -> Tensor | float:
+        """y′."""
+        return self.scale if self.cap is None else self.scale * (1 - (y / self.cap) ** 2)
 
 
 def see(tile: Tensor, targets: Tensor, m: Tensor, s: Tensor, sums: Tensor | None, first: int, of: Dense) -> None:
@@ -206,7 +245,7 @@ def see(tile: Tensor, targets: Tensor, m: Tensor, s: Tensor, sums: Tensor | None
         *((0, 0) if sums is None else (sums.shape[2], sums.stride(0))),
         of.scale,
         of.cap or 1.0,
-        *_two(of.terms),
+        *_two(1 / tau for tau in of.terms),
         CAPPED=of.cap is not None,
         TERMS=len(of.terms),
         GRADIENT=sums is not None,
@@ -277,7 +316,7 @@ def make_gradient(
             rows,
             of.scale,
             of.cap or 1.0,
-            *_two(of.terms),
+            *_two(1 / tau for tau in of.terms),
             *_two(of.terms.values()),
             CAPPED=of.cap is not None,
             TERMS=len(of.terms),
@@ -312,35 +351,96 @@ def entry_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: Dense,
     return _shaped(products, of)[0]
 
 
-def put_gradient(gradient: Tensor, sums: Tensor, norms: Tensor, shares: Tensor, weight: Tensor, tokens: Tensor) -> None:
-    """The gradient of some hidden states [n, H], from what all of the vocabulary adds, and its entries."""
+def put_gradient(
+    gradient: Tensor,
+    sums: Tensor,
+    m: Tensor,
+    s: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    of_teacher: Tensor | None,
+    weight: Tensor,
+    tokens: Tensor,
+    of: Dense,
+) -> None:
+    """The gradient of each loss, once all of the vocabulary has been seen.
+
+    Args:
+        gradient: [n, H], to be filled.
+        sums: [T, n, H], of everything but targets; may be overwritten.
+        m: [n], the maximum that they and `s` are relative to.
+        s: [T, n].
+        logits: [n, 1 + K], of targets and the teacher's tokens.
+        targets: [n].
+        of_teacher: [n, K], the teacher's part of the gradient of h·Wᵀ + b; 0 in rows that do not count.
+        weight: W [V, H].
+        tokens: [n, 1 + K].
+        of: what is made of logits.
+    """
     rows, entries = tokens.shape
     width = gradient.shape[1]
     if _on_triton(gradient):
         block = min(triton.next_power_of_2(width), 1024)
         _sum_up[(rows, triton.cdiv(width, block))](
             sums,
-            norms,
+            m,
+            s,
+            logits,
+            targets,
+            of_teacher,
             weight,
             tokens,
-            shares,
             gradient,
-            rows,
             width,
             sums.stride(0),
+            s.stride(0),
             len(weight),
             entries,
             weight.stride(0),
             gradient.stride(0),
-            TERMS=len(sums),
+            of.ignore,
+            of.scale,
+            of.cap or 1.0,
+            *_two(1 / tau for tau in of.terms),
+            *_two(of.terms.values()),
+            of.hard,
+            CAPPED=of.cap is not None,
+            TERMS=len(of.terms),
+            TAUGHT=of_teacher is not None,
             BLOCK=block,
         )
         return
-    for total, norm in zip(sums, norms, strict=True):
-        total *= norm[:, None]
+    counted = targets != of.ignore
+    lse = log_sums(m, s, logits[:, 0], of)
+    for total, (tau, share), norm in zip(sums, of.terms.items(), lse, strict=True):
+        total *= torch.where(counted, share * of.scale * (m / tau - norm).exp(), 0.0)[:, None]
+    shares = torch.where(counted, at_target(m, s, logits[:, 0], of), 0.0)[:, None]
+    if of_teacher is not None:
+        shares = torch.cat([shares, of_teacher], dim=1)
     for here in _gathers(rows, entries * width):
         found = weight[tokens[here]].to(sums.dtype)
         gradient[here] = sums[:, here].sum(0) + torch.bmm(shares[here, None], found)[:, 0]
+
+
+def odds(m: Tensor, s: Tensor, target: Tensor, of: Dense) -> Tensor:
+    """d [T, n]: of everything but the target, against it, at each temperature, from its logits [n]."""
+    return torch.stack([sums.log() + (m - target) / tau for sums, tau in zip(s, of.terms, strict=True)])
+
+
+def log_sums(m: Tensor, s: Tensor, target: Tensor, of: Dense) -> Tensor:
+    """log Σᵥ e^{y/τ} [T, n]."""
+    found = functional.softplus(odds(m, s, target, of), threshold=50)
+    return torch.stack([target / tau + each for each, tau in zip(found, of.terms, strict=True)])
+
+
+def at_target(m: Tensor, s: Tensor, target: Tensor, of: Dense) -> Tensor:
+    """The gradient of h·Wᵀ + b at the target [n], a teacher's part left out."""
+    rest = torch.sigmoid(odds(m, s, target, of))
+    first, *others = of.terms.values()
+    found = (first - of.hard) * (1 - rest[0]) - of.hard * rest[0]
+    for share, each in zip(others, rest[1:], strict=True):
+        found += share * (1 - each)
+    return found.mul_(of.slopes(target))
 
 
 def _shaped(logits: Tensor, of: Dense) -> tuple[Tensor, Tensor | None]:

@@ -205,8 +205,8 @@ def test_good_input_is_not() -> None:
 
 SIXTEEN = ("tile", "hidden", "weight", "gradient")
 INTEGERS = ("targets", "tokens")
-FLOATS = ("m", "s", "sums", "at_target", "lse", "upstream", "products", "norms", "shares")
-NUMBERS = ("scale", "cap", "tau", "second_tau", "share", "second_share")
+FLOATS = ("m", "s", "sums", "logits", "at_target", "lse", "upstream", "products", "of_teacher")
+NUMBERS = ("scale", "cap", "rate", "second_rate", "share", "second_share", "hard")
 
 
 def ptx(kernel: Any, folder: Path, **constants: int) -> str:
@@ -247,11 +247,13 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(terms: int, capped: bo
         assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
         assert "ld.local" not in code and "st.local" not in code  # nothing is spilled
     assert ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=False, STEP=1024)
-    assert ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=True, STEP=1024, columns=1, width=1, rows=1)
+    assert ptx(logit_tiles._online, tmp_path, **shape, GRADIENT=True, STEP=1024, columns=1, width=1, s_plane=1)
 
 
 @pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not there, or interprets its kernels")
 def test_kernels_of_single_tokens_compile_where_a_count_is_one(tmp_path: Path) -> None:
     for entries in ({}, {"entries": 1}, {"entries": 1, "width": 1, "vocabulary": 1}):
         assert ptx(logit_tiles._dot_entries, tmp_path, BLOCK=1024, **entries)
-        assert ptx(logit_tiles._sum_up, tmp_path, BLOCK=1024, TERMS=1, **entries)
+        for taught in (False, True):
+            shape = {"BLOCK": 1024, "TERMS": 1 + taught, "CAPPED": taught, "TAUGHT": taught}
+            assert ptx(logit_tiles._sum_up, tmp_path, **shape, **entries)
