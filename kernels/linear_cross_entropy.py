@@ -30,19 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kernels.cross_entropy import IGNORE
-from kernels.logit_tiles import (
-    LOWEST,
-    WIDEST,
-    Dense,
-    at_target,
-    entry_logits,
-    exact_dtype,
-    log_sums,
-    make_gradient,
-    odds,
-    put_gradient,
-    see,
-)
+from kernels.logit_entries import at_target, entry_logits, log_sums, odds, put_gradient
+from kernels.logit_tiles import LOWEST, WIDEST, Dense, exact_dtype, make_gradient, see
 
 _CPU_TILE = 1024  # rows, and columns, of the logits that are in the cache together
 _LEAST = 8 << 20  # bytes of working memory on a GPU where the hidden states themselves take less

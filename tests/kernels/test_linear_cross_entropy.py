@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import logit_tiles
+from kernels import logit_entries, logit_tiles
 from kernels.cross_entropy import IGNORE
 from kernels.dispatch import interpreted, triton_is_there
 from kernels.linear_cross_entropy import Head, SoftTargets, linear_cross_entropy, linear_cross_entropy_reference
@@ -253,7 +253,7 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time(terms: int, capped: bo
 @pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not there, or interprets its kernels")
 def test_kernels_of_single_tokens_compile_where_a_count_is_one(tmp_path: Path) -> None:
     for entries in ({}, {"entries": 1}, {"entries": 1, "width": 1, "vocabulary": 1}):
-        assert ptx(logit_tiles._dot_entries, tmp_path, BLOCK=1024, **entries)
+        assert ptx(logit_entries._dot_entries, tmp_path, BLOCK=1024, **entries)
         for taught in (False, True):
             shape = {"BLOCK": 1024, "TERMS": 1 + taught, "CAPPED": taught, "TAUGHT": taught}
-            assert ptx(logit_tiles._sum_up, tmp_path, **shape, **entries)
+            assert ptx(logit_entries._sum_up, tmp_path, **shape, **entries)
