@@ -1,18 +1,18 @@
 """Cross-entropy of a head without its logits, against making them first, `torch.compile` and Liger's fused one.
 
-    python -m benchmarks.kernels.linear_cross_entropy [--sweep]
+    python -m benchmarks.kernels.linear_cross_entropy
 
 On a GPU in bfloat16, with the head frozen, as it is beside adapters, and trained: time of forward and backward, and
 the most memory they take on top of hidden states and head. Launches are part of the time, as Liger's cannot be
 captured in a graph. Its gradient of the head is summed in bfloat16 by default; ours in float32, so it is measured with
-a float32 sum, too. `--sweep` tries other tiles. On the CPU: the head of Gemma-3-270M on 8 × 128 tokens in float32 on
-one thread, each side's peak in a process of its own.
+a float32 sum, too. On the CPU: the head of Gemma-3-270M on 8 × 128 tokens in float32 on one thread, each side in a
+process of its own.
 """
 
 import argparse
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernels.measuring import Ceilings, event_seconds, gpu_ceilings, gpu_peak_bytes, require_equal
-from benchmarks.results_file import Row, write
+from benchmarks.kernels.measuring import Ceilings, event_seconds, gpu_peak_bytes, require_equal
+from benchmarks.kernels.one import measure
+from benchmarks.memory import peak_memory
+from benchmarks.results_file import Row
 from kernels import linear_cross_entropy as ours_module
 from kernels.linear_cross_entropy import Head, linear_cross_entropy
 
@@ -82,7 +84,9 @@ def liger_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def peers(trained: bool) -> dict[str, Loss]:
-    found: dict[str, Loss] = {"PyTorch": pytorch, "torch.compile": torch.compile(pytorch, dynamic=False)}
+    found: dict[str, Loss] = {"PyTorch": pytorch}
+    if not trained:  # compiling takes longer than all else
+        found["torch.compile"] = torch.compile(pytorch, dynamic=False)
     if find_spec("liger_kernel"):
         found["Liger"] = liger
         if trained:
@@ -149,10 +153,6 @@ CPU_SIDES: dict[str, Loss] = {"ours": ours, "PyTorch": pytorch}
 
 def one_side(side: str) -> tuple[float, float]:
     """Processor seconds of forward and backward, and the most bytes on top of hidden states and head."""
-    import time
-
-    from benchmarks.memory import peak_memory
-
     torch.set_num_threads(1)
     given = work(CPU_SIZE, False, "cpu", torch.float32)
     small = work((16, 640, 4096), False, "cpu", torch.float32)
@@ -186,14 +186,9 @@ def on_cpu(repeats: int = CPU_REPEATS) -> list[Row]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--side", choices=CPU_SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(*one_side(options.side))
-    elif options.sweep:
-        sweep(gpu_ceilings(REPEATS))
-    elif torch.cuda.is_available():
-        write("linear_cross_entropy", on_gpu(gpu_ceilings(REPEATS)), torch.cuda.get_device_name())
     else:
-        write("linear_cross_entropy", on_cpu(), details={"load": os.getloadavg()[0]})
+        measure("linear_cross_entropy")
