@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from kernels.linear_cross_entropy import Head, SoftTargets, linear_cross_entropy
 
 _PROBED = 20.0  # made-up logits go so far from 0
+_ROUNDING = 1e-5  # of them, in float32
 
 
 class Fused(NamedTuple):
@@ -55,7 +56,7 @@ def fused_losses(
     if head is None or not _is_plain(head):
         return None
     scale, cap = _after(bare)
-    kind = (id(head), scale, cap, tuple(bare._forward_hooks))
+    kind = (scale, cap, tuple(bare._forward_hooks))
     known = _seen.get(bare)
     if known == (kind, False):
         return None
@@ -67,15 +68,15 @@ def fused_losses(
         found = linear_cross_entropy(hidden[0], Head(head.weight, head.bias, scale, cap), targets, soft)  # type: ignore[arg-type]
         losses.append(found)
         # Part of the graph, so that whoever watches a model's outputs (DDP, FSDP) sees what the loss depends on.
-        none = found[None, :0, None].expand(1, 0, len(head.weight)).to(_output_dtype(hidden))  # type: ignore[arg-type]
-        return torch.cat([_probe(none), none], dim=1) if probes else none
+        none = found[None, :0, None].expand(1, 0, len(head.weight))  # type: ignore[arg-type]
+        return torch.cat([_made_up(none), none], dim=1) if probes else none
 
     with _answering(head, judge):
         outputs = model(**inputs)
     if probes:
-        passed = len(losses) == 1 and _agrees(outputs.logits, len(head.weight), Head(head.weight, None, scale, cap))  # type: ignore[arg-type]
-        _seen[bare] = (kind, passed)
-        if not passed:
+        agree = len(losses) == 1 and _became(outputs.logits, len(head.weight), scale, cap)  # type: ignore[arg-type]
+        _seen[bare] = (kind, agree)
+        if not agree:
             _restore(state, targets.device)
             return None
         outputs.logits = outputs.logits[:, 1:]
@@ -97,7 +98,7 @@ def _after(model: nn.Module) -> tuple[float, float | None]:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
-    return float(scale), getattr(text, "final_logit_softcapping", None)
+    return float(scale), getattr(text, "final_logit_softcapping", None) or None
 
 
 @contextmanager
@@ -109,25 +110,19 @@ def _answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[
         del head.forward
 
 
-def _output_dtype(hidden: Tensor) -> torch.dtype:
-    """Of a linear layer's."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+def _made_up(like: Tensor) -> Tensor:
+    """Logits [1, 1, V] from low to high, of the dtype and device of others."""
+    return torch.linspace(-_PROBED, _PROBED, like.shape[-1], dtype=like.dtype, device=like.device)[None, None]
 
 
-def _probe(like: Tensor) -> Tensor:
-    """Made-up logits [1, 1, V] of the dtype and device of others."""
-    count = like.shape[-1]
-    return torch.linspace(-_PROBED, _PROBED, count, dtype=torch.float64, device=like.device).to(like.dtype)[None, None]
-
-
-def _agrees(found: Tensor, vocabulary: int, head: Head) -> bool:
-    """Whether made-up logits became what they should, but for rounding."""
+def _became(found: Tensor, vocabulary: int, scale: float, cap: float | None) -> bool:
+    """Whether that is what made-up logits become by γ and c."""
     if tuple(found.shape) != (1, 1, vocabulary):
         return False
-    expected = head.shaped(_probe(head.weight.new_empty(1, 1, vocabulary)).double())
-    rounding = 8 * torch.finfo(torch.bfloat16).eps
-    return torch.allclose(found.double(), expected, rtol=rounding, atol=rounding)
+    expected = _made_up(found.double()).mul_(scale)
+    if cap is not None:
+        expected = cap * (expected / cap).tanh()
+    return torch.allclose(found.double(), expected, rtol=_ROUNDING, atol=_ROUNDING)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

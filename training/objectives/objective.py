@@ -14,7 +14,7 @@ class Loss:
     Args:
         total: the loss summed over everything in the batch that is judged, a float32 scalar with gradient.
         count: how many things were judged; total / count is the mean loss.
-        outputs: what the model returned (`Adapted.extra_loss` may read it).
+        outputs: what the model returned (`Adapted.extra_loss` may read it); its logits may be of no position.
     """
 
     total: Tensor
