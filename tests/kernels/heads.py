@@ -55,6 +55,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], T
         return made[..., 1:-2] if case.strided else made[..., 1:-2].contiguous()
 
     tensors = [random(case.rows, case.width), random(case.vocabulary, case.width)]
+    if case.width > 100:  # logits of a model's size, not of hundreds
+        tensors[1].mul_(3 / case.width**0.5)
     if case.bias:
         tensors.append(random(case.vocabulary).contiguous())
     targets = torch.randint(case.vocabulary, (case.rows,), generator=generator)
