@@ -13,7 +13,7 @@ INSTALLED = {"torch", "triton", "numpy", "pytest", "hypothesis"}
 COMPARED = {"transformers", "peft", "liger_kernel", "matplotlib"}  # by benchmarks, where they are installed
 FILES = [
     ROOT / "tests" / "conftest.py",
-    ROOT / "benchmarks" / "results_file.py",
+    *(ROOT / "benchmarks" / name for name in ("results_file.py", "memory.py")),
     *(path for folder in ("kernels", "tests/kernels", "benchmarks/kernels") for path in (ROOT / folder).glob("*.py")),
 ]
 
