@@ -42,7 +42,6 @@ def create(
         Path | None, typer.Option(help="YAML: title, instructions, criteria (name, question, low, high).")
     ] = None,
     readers: Annotated[int | None, typer.Option(min=1, max=99, help="Packets; 3 unless told.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draws items and orders; 0 unless told.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a version, in tokens.")] = 256,
     as_json: Json = False,
 ) -> None:
@@ -59,7 +58,7 @@ def create(
     files = dict(_named(each) for each in answers or [])
     if len(files) < len(answers or []):
         raise InvalidInput("Two files of answers have the same name.", "Name each arm once.")
-    decided = _design(design, readers, seed)
+    decided = _design(design, readers)
     if versions:
         from cli.session import connect_flows, live_progress, resumable
         from registry import AdapterRegistry
@@ -181,12 +180,9 @@ def _named(told: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def _design(file: Path | None, readers: int | None, seed: int | None) -> "Design":
+def _design(file: Path | None, readers: int | None) -> "Design":
     from infra.documents import parse, read_yaml
     from training.evaluation.reader_study import Design
 
-    said = {"readers": readers, "seed": seed}
     content = read_yaml(file) if file else {}
-    return parse(
-        Design, content | {key: value for key, value in said.items() if value is not None}, str(file or "design")
-    )
+    return parse(Design, content if readers is None else content | {"readers": readers}, str(file or "design"))

@@ -9,6 +9,7 @@ FOLDER/findings.{json,html}
 """
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,7 @@ from training.data.example import Example
 from training.data.files import read_rows
 from training.data.sampling import sample
 from training.evaluation.reader_analysis import Findings, analyse
-from training.evaluation.reader_ratings import Ratings, collect, packet_csv
+from training.evaluation.reader_ratings import Collected, Ratings, collect, packet_csv
 from training.evaluation.reader_study import Design, Key, Study, blind, named, require_intact
 from training.evaluation.suite import Suite
 from training.evaluation.suite_files import suites_called
@@ -37,6 +38,8 @@ from training.evaluation.suite_files import suites_called
 File = TypeVar("File", bound=Section)
 
 REFERENCE = "reference"  # the arm of the answers that the data hold
+SECRET_BYTES = 32
+ITEMS_SEED = 0  # the same items for the same command; what readers see is drawn by the key's secret
 ANSWERS_AT_A_TIME = 8  # between two signs of life
 
 
@@ -50,7 +53,7 @@ class Arms(BaseModel):
         task: a built-in task instead.
         suite: a suite file instead: the items of all its suites. None of the three: the test data of the first
             version's recipe, or, without versions, the prompts of the first answer file.
-        items: at most so many, drawn by the design's seed.
+        items: at most so many, always the same ones.
         reference: the data's own answers are one more arm.
         max_new_tokens: longest answer of a version.
     """
@@ -101,7 +104,7 @@ def make_study(folder: Path, design: Design, arms: Arms) -> Created:
     names = [*versions, *files, *([REFERENCE] if arms.reference else [])]
     if len(set(names)) < len(names):
         raise InvalidInput(f"Two arms have the same name ({', '.join(names)}).", "Name each arm once.")
-    items = _items(arms, versions, files, design.seed)
+    items = _items(arms, versions, files)
     given = {name: _answers_to(items, name, files[name]) for name in files}
     if arms.reference:
         given[REFERENCE] = _references(items)
@@ -114,11 +117,14 @@ def make_study(folder: Path, design: Design, arms: Arms) -> Created:
     )
     if (folder / "study.json").is_file():
         return _found(folder, asked)
-    if not (folder / "answers").is_dir():
+    if not ((folder / "answers").is_dir() or (folder / "key.json").is_file()):
         require_free(folder)
     said = {address: _said(folder, address, items, arms.max_new_tokens) for address in versions}
     answers = {name: said.get(name) or given[name] for name in names}
-    study, key = blind(design, [example.prompt for example in items], answers, asked)
+    secret = (
+        _read(folder / "key.json", Key).secret if (folder / "key.json").is_file() else secrets.token_hex(SECRET_BYTES)
+    )
+    study, key = blind(design, [example.prompt for example in items], answers, secret, asked)
     write_whole(folder / "key.json", key.as_file())
     for reader in range(design.readers):
         _write_packet(folder, study, reader)
@@ -136,7 +142,7 @@ def collect_study(folder: Path, files: Sequence[Path], partial: bool = False) ->
     """Read what came back; all of it or nothing is kept, instead of what was collected before."""
     study = _read(folder / "study.json", Study)
     ratings = collect(study, files, partial)
-    write_whole(folder / "ratings.json", ratings.model_dump_json(indent=1) + "\n")
+    write_whole(folder / "ratings.json", Collected.of(ratings).model_dump_json(indent=1) + "\n")
     return study, ratings
 
 
@@ -145,15 +151,14 @@ def analyse_study(folder: Path) -> Findings:
     study, key = _read(folder / "study.json", Study), _read(folder / "key.json", Key)
     if not (folder / "ratings.json").is_file():
         raise NotFound("Nothing was collected yet.", f"First: regraft study collect {folder} FILE…")
-    findings = analyse(study, key, _read(folder / "ratings.json", Ratings))
+    collected = _read(folder / "ratings.json", Collected, "Collect again what the readers returned.")
+    findings = analyse(study, key, collected.ratings)
     write_whole(folder / "findings.json", findings.model_dump_json(indent=1) + "\n")
     write_whole(folder / "findings.html", findings_page(study.design, findings))
     return findings
 
 
-def _items(
-    arms: Arms, versions: Sequence[str], files: Mapping[str, Mapping[str, str]], seed: int
-) -> tuple[Example, ...]:
+def _items(arms: Arms, versions: Sequence[str], files: Mapping[str, Mapping[str, str]]) -> tuple[Example, ...]:
     if sum(each is not None for each in (arms.prompts, arms.task, arms.suite)) > 1:
         raise InvalidInput("A study has one source of items.", "Give a file of prompts, or a task, or a suite.")
     version = AdapterRegistry().get(versions[0]) if versions else None
@@ -164,12 +169,12 @@ def _items(
     elif arms.suite:
         among = [example for suite in suites_called(arms.suite) for example in prepare(suite, recipe).examples]
     elif versions or arms.task:
-        suite = Suite(task=arms.task, samples=arms.items, seed=seed, metric="exact_match")
+        suite = Suite(task=arms.task, samples=arms.items, seed=ITEMS_SEED, metric="exact_match")
         return prepare(suite, recipe).examples
     else:
         among = [Example(prompt, "") for prompt in next(iter(files.values()), {})]
     distinct = {example.prompt: example for example in among}
-    return tuple(sample(list(distinct.values()), arms.items, seed))
+    return tuple(sample(list(distinct.values()), arms.items, ITEMS_SEED))
 
 
 def _answer_file(path: Path) -> dict[str, str]:
@@ -263,10 +268,10 @@ def _created(folder: Path, study: Study, key: Key, already: bool) -> Created:
     )
 
 
-def _read(path: Path, kind: type[File]) -> File:
+def _read(path: Path, kind: type[File], remedy: str = "Bring it back from a copy.") -> File:
     if not path.is_file():
         raise NotFound(f"{path} is not there.", "Create the study first: regraft study create")
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{path} is damaged: {told(error)}.", "Bring it back from a copy.") from None
+        raise CorruptArtifact(f"{path} is damaged: {told(error)}.", remedy) from None

@@ -114,13 +114,47 @@ def test_the_same_command_finds_the_same_study_and_another_one_is_refused(
     again = create(study, files, "--reference", "--prompts", str(files["prompts"]))
     assert again == made | {"already": True}
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
-    assert "its packets may be with the readers" in " ".join(create(study, files, "--seed", "1", code=4).split())
+    assert "its packets may be with the readers" in " ".join(create(study, files, "--readers", "4", code=4).split())
     table = study / "packets" / "reader-2" / "ratings.csv"
     table.write_bytes(table.read_bytes().replace(b"fine", b"good"))
     assert "is not as it was made" in create(study, files, "--reference", "--prompts", str(files["prompts"]), code=5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     assert "is not empty" in create(tmp_path / "full", files, code=4)
+
+
+def test_a_study_of_the_same_data_and_options_does_not_unblind_another(files: dict[str, Path], tmp_path: Path) -> None:
+    keys = []
+    for name in ("own", "dummy"):
+        create(tmp_path / name, files)
+        keys.append(json.loads((tmp_path / name / "key.json").read_text()))
+        held = [path.read_text(encoding="utf-8-sig") for path in (tmp_path / name / "packets").rglob("*.*")]
+        assert not any(keys[-1]["secret"] in text for text in [*held, (tmp_path / name / "study.json").read_text()])
+    assert len(keys[0]["answers"]) == 72
+    assert not keys[0]["answers"].keys() & keys[1]["answers"].keys()
+
+
+def test_an_interrupted_creation_goes_on_with_the_same_packets(files: dict[str, Path], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    made = create(study, files)
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    (study / "study.json").unlink()
+    assert create(study, files) == made
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
+def test_ratings_that_were_changed_are_not_analysed(files: dict[str, Path], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    packets = [Path(packet) for packet in create(study, files, "--readers", "1")["packets"]]
+    clean(run_here("study", "collect", str(study), str(returned(packets[0], tmp_path / "back.csv"))))
+    ratings = study / "ratings.json"
+    ratings.write_text(
+        ratings.read_text().replace('"fluency":5', '"fluency":4', 1).replace('"fluency": 5', '"fluency": 4', 1)
+    )
+    told = run_here("study", "analyse", str(study))
+    assert told.code == 5
+    assert "not the ratings that were collected" in told.err
+    assert "Collect again" in told.err
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ process.stderr.write(known.state.textContent);
 
 @pytest.fixture
 def study() -> tuple[Study, Key]:
-    return blind(DESIGN, PROMPTS, ARMS, "s")
+    return blind(DESIGN, PROMPTS, ARMS, "secret", "s")
 
 
 def test_a_form_names_no_arm_and_asks_nobody_else_for_anything(study: tuple[Study, Key]) -> None:

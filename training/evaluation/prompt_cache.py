@@ -199,5 +199,5 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Ids], longest: int) -> No
     if limit is not None and longest > limit:
         raise InvalidInput(
             f"The longest prompt needs {longest:,} tokens with its answer; the model reads at most {limit:,}.",
-            "Use fewer shots, or leave long items out.",
+            "Allow shorter answers (max_new_tokens), use fewer shots, or leave long items out.",
         )

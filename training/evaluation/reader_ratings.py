@@ -6,9 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import model_validator
+
 from infra.documents import Section
 from infra.errors import InvalidInput, NotFound
-from training.evaluation.reader_study import Criterion, Shown, Study
+from training.evaluation.reader_study import Criterion, Shown, Study, named
 
 MOST_SHOWN = 25  # problems of an error message
 
@@ -27,7 +29,8 @@ class Ratings(Section):
     Attributes:
         asked: of the study.
         by_id: ratings of answers by their ids.
-        missing: how many scores and marks of each reader are not there, of those that have returned a packet.
+        missing: how many scores and marks of each reader are not there, of those that have returned a packet; of a
+            row that is gone, all of its own.
         absent: readers (from 1) who have not returned one.
     """
 
@@ -35,6 +38,24 @@ class Ratings(Section):
     by_id: dict[str, Rating]
     missing: dict[int, int]
     absent: tuple[int, ...]
+
+
+class Collected(Section):
+    """Ratings as they are kept, sealed: what was changed afterwards is not read."""
+
+    ratings: Ratings
+    sha256: str
+
+    @classmethod
+    def of(cls, ratings: Ratings) -> "Collected":
+        """Seal them."""
+        return cls(ratings=ratings, sha256=named(**ratings.model_dump()))
+
+    @model_validator(mode="after")
+    def _untouched(self) -> "Collected":
+        if named(**self.ratings.model_dump()) != self.sha256:
+            raise ValueError("these are not the ratings that were collected")
+        return self
 
 
 def packet_rows(study: Study, reader: int) -> list[list[str]]:
@@ -84,7 +105,7 @@ def collect(study: Study, files: Sequence[Path], partial: bool = False) -> Ratin
         read = _Packet(file, study.packets[reader], study.design.criteria)
         by_id.update(read.ratings(rows))
         problems += read.wrong + ([] if partial else read.lacking)
-        missing[reader + 1] = len(read.lacking)
+        missing[reader + 1] = read.missing
     absent = tuple(reader + 1 for reader in range(study.design.readers) if reader not in returned)
     if absent and not partial:
         problems.append(f"not returned: reader {', '.join(map(str, absent))}")
@@ -130,12 +151,14 @@ class _Packet:
 
     Attributes:
         wrong: what must not be, a line each.
-        lacking: what is not there.
+        lacking: what is not there, a line each.
+        missing: how many scores and marks that is.
     """
 
     def __init__(self, file: Path, packet: Sequence[Shown], criteria: Sequence[Criterion]) -> None:
         self.wrong: list[str] = []
         self.lacking: list[str] = []
+        self.missing = 0
         self._file, self._criteria = file, criteria
         self._given = {shown.id: shown for shown in packet}
 
@@ -158,6 +181,7 @@ class _Packet:
         for shown in self._given.values():
             if shown.id not in found:
                 self.lacking.append(f"{self._file}: item {shown.item}, answer {shown.answer} ('{shown.id}') is missing")
+                self.missing += len(self._criteria) + 1
         self._preferences(found)
         return found
 
@@ -170,6 +194,7 @@ class _Packet:
         told = row[criterion.name]
         if not told:
             self.lacking.append(f"{self._file} row {number}: {criterion.name} is empty")
+            self.missing += 1
             return None
         try:
             score = float(told.replace(",", "."))
@@ -199,6 +224,7 @@ class _Packet:
         for item, marks in marked.items():
             if True not in marks:
                 self.lacking.append(f"{self._file}: item {item} has no preferred answer (of equal ones mark each)")
+                self.missing += 1
         for shown in self._given.values():
             if shown.id in found:
                 mark = bool(found[shown.id].preferred) if True in marked[shown.item] else None

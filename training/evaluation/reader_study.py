@@ -4,12 +4,13 @@ After the study of the BHC benchmark (Aali et al., JAMIA 2024, arXiv 2403.05720)
 answer of each arm, side by side in random order, rates each answer by each criterion, and marks the one preferred.
 
 A study has two halves. The blind one (`Study`) is all that packets are made of and that returned ratings are read by;
-the other (`Key`) says which answer is which arm's, and nobody opens it before the analysis.
+the other (`Key`) says which answer is which arm's, and nobody opens it before the analysis. All is drawn by the key's
+secret: whoever has this program, the data and the answers, but not the key, can tell nothing from a packet.
 """
 
 import hashlib
+import hmac
 import json
-import random
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from infra.documents import Section
 from infra.errors import CorruptArtifact, InvalidInput
 
 LETTERS = "ABCDEFGHIJ"  # what a packet calls the answers to an item; and so the most arms
-ID_BITS = 48
+ID_DIGITS = 16  # hexadecimal
 RESERVED = frozenset({"id", "item", "answer", "prompt", "text", "preferred", "comment"})  # columns of a packet
 
 
@@ -55,7 +56,6 @@ class Design(Section):
     instructions: str = "Rate every answer by every criterion, and mark the answer that you prefer."
     criteria: tuple[Criterion, ...] = CRITERIA
     readers: Annotated[int, Field(ge=1, le=99)] = 3
-    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _distinct(self) -> "Design":
@@ -109,12 +109,14 @@ class Key(Section):
     """The other half: whose answer each id is. It stays with whoever runs the study.
 
     Attributes:
+        secret: what ids and orders were drawn by. As it is in the file, the file's sha256 gives nothing away either.
         arms: their names.
         items: how many there are.
         packets_sha256: of what the packets show.
         answers: of each id: the reader (from 0), the item's place in the data and the arm's in `arms`.
     """
 
+    secret: str
     arms: tuple[str, ...]
     items: int
     packets_sha256: str
@@ -131,41 +133,42 @@ class Key(Section):
 
 
 def blind(
-    design: Design, prompts: Sequence[str], answers: Mapping[str, Sequence[str]], asked: str = ""
+    design: Design, prompts: Sequence[str], answers: Mapping[str, Sequence[str]], secret: str, asked: str = ""
 ) -> tuple[Study, Key]:
     """Draw the packets of a study: the same ones for the same arguments.
 
     Each reader has the items in an order of their own. Over every block of as many items as there are arms, each arm
     stands once in each position (the rows of a randomly permuted cyclic Latin square, in random order), so positions
-    are balanced and every order of arms is equally likely. Ids are drawn in the order of presentation, after it.
+    are balanced and every order of arms is equally likely. Ids and orders are keyed hashes (HMAC-SHA256), which nobody
+    can compute without the secret, nor learn anything of it from.
 
     Args:
         design: what was decided.
         prompts: of the items.
         answers: of each arm, one for each item.
+        secret: to draw by; new for each study, from the system's own randomness.
         asked: names what the study is made from.
 
     Raises:
-        InvalidInput: no items, less than two arms, too many, or an arm that has not answered each item.
+        InvalidInput: no items, less than two arms, too many, or an arm that has not answered each item, or any.
     """
     _check(prompts, answers)
     arms = tuple(answers)
-    rng = random.Random(f"reader study/{design.seed}")
     ids: dict[str, Answered] = {}
     packets = []
     for reader in range(design.readers):
         packet = []
-        places = rng.sample(range(len(prompts)), len(prompts))
-        orders = _orders(rng, len(prompts), len(arms))
+        places = _shuffled(len(prompts), secret, "items", reader)
+        orders = _orders(secret, reader, len(prompts), len(arms))
         for number, (place, order) in enumerate(zip(places, orders, strict=True), start=1):
             for letter, arm in zip(LETTERS, order, strict=False):
-                name = _new_id(rng, ids)
+                name = f"r{_drawn(secret, 'id', reader, place, arm)[:ID_DIGITS]}"  # no spreadsheet reads a number
                 ids[name] = Answered(reader=reader, item=place, arm=arm)
                 text = answers[arms[arm]][place].strip()
                 packet.append(Shown(id=name, item=number, answer=letter, prompt=prompts[place], text=text))
         packets.append(tuple(packet))
     shown = tuple(packets)
-    key = Key(arms=arms, items=len(prompts), packets_sha256=packets_sha256(shown), answers=ids)
+    key = Key(secret=secret, arms=arms, items=len(prompts), packets_sha256=packets_sha256(shown), answers=ids)
     return Study(design=design, asked=asked, key_sha256=key.sha256, packets=shown), key
 
 
@@ -195,25 +198,26 @@ def _check(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None
     for arm, own in answers.items():
         if len(own) != len(prompts):
             raise InvalidInput(f"{arm} has {len(own)} answers to {len(prompts)} items.", "Give one for each item.")
+        if not any(text.strip() for text in own):
+            raise InvalidInput(f"All {len(own)} answers of {arm} are empty.", "Mend its answers, or leave it out.")
 
 
-def _orders(rng: random.Random, items: int, arms: int) -> list[list[int]]:
+def _orders(secret: str, reader: int, items: int, arms: int) -> list[list[int]]:
     """An order of the arms for each item."""
     orders: list[list[int]] = []
     while len(orders) < items:
-        base = rng.sample(range(arms), arms)
-        block = [base[turn:] + base[:turn] for turn in range(arms)]
-        rng.shuffle(block)
-        orders += block
+        base = _shuffled(arms, secret, "arms", reader, len(orders))
+        turns = _shuffled(arms, secret, "turns", reader, len(orders))
+        orders += [base[turn:] + base[:turn] for turn in turns]
     return orders[:items]
 
 
-def _new_id(rng: random.Random, taken: dict[str, Answered]) -> str:
-    while (
-        name := f"r{rng.getrandbits(ID_BITS):012x}"
-    ) in taken:  # a letter first: no spreadsheet takes it for a number
-        continue
-    return name
+def _shuffled(number: int, secret: str, *what: str | int) -> list[int]:
+    return sorted(range(number), key=lambda each: _drawn(secret, *what, each))
+
+
+def _drawn(secret: str, *what: str | int) -> str:
+    return hmac.new(secret.encode(), json.dumps(what).encode(), "sha256").hexdigest()
 
 
 def named(**what: object) -> str:

@@ -31,7 +31,9 @@ def rated(scores: np.ndarray, preferred: np.ndarray | None = None) -> tuple[Stud
     """
     readers, items, arms = scores.shape
     answers = {f"arm-{arm}": [f"{item}-{arm}" for item in range(items)] for arm in range(arms)}
-    study, key = blind(Design(readers=readers, criteria=SCALE), [str(item) for item in range(items)], answers, "s")
+    study, key = blind(
+        Design(readers=readers, criteria=SCALE), [str(item) for item in range(items)], answers, "secret", "s"
+    )
     marks = scores == np.nanmax(scores, axis=-1, keepdims=True) if preferred is None else preferred
     by_id = {
         name: Rating(

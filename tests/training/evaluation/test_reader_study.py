@@ -23,14 +23,14 @@ ARMS = {
 }
 
 
-def made(seed: int = 0, items: int = 7, arms: int = 3, readers: int = 2) -> tuple[Study, Key]:
-    design = DESIGN.model_copy(update={"seed": seed, "readers": readers})
+def made(secret: object = 0, items: int = 7, arms: int = 3, readers: int = 2) -> tuple[Study, Key]:
+    design = DESIGN.model_copy(update={"readers": readers})
     answers = {f"arm-{arm}": [f"{arm} says {n}" for n in range(items)] for arm in range(arms)}
-    return blind(design, [f"prompt {n}" for n in range(items)], answers, "x")
+    return blind(design, [f"prompt {n}" for n in range(items)], answers, str(secret), "x")
 
 
 def test_every_reader_sees_every_answer_once_and_the_key_knows_whose_it_is() -> None:
-    study, key = blind(DESIGN, PROMPTS, ARMS)
+    study, key = blind(DESIGN, PROMPTS, ARMS, "secret")
     assert len(key.answers) == 2 * 7 * 3
     for reader, packet in enumerate(study.packets):
         seen = Counter()
@@ -47,18 +47,21 @@ def test_every_reader_sees_every_answer_once_and_the_key_knows_whose_it_is() -> 
 
 def test_the_blind_half_names_no_arm_and_is_the_same_whatever_arms_are_called() -> None:
     renamed = dict(zip(("zork@7", "quux@8", "blah"), ARMS.values(), strict=True))
-    study, key = blind(DESIGN, PROMPTS, ARMS)
-    other, other_key = blind(DESIGN, PROMPTS, renamed)
+    study, key = blind(DESIGN, PROMPTS, ARMS, "secret")
+    other, other_key = blind(DESIGN, PROMPTS, renamed, "secret")
     assert study.packets == other.packets
     assert packet_csv(study, 0) == packet_csv(other, 0)
     assert key.answers == other_key.answers
     assert not any(arm in study.model_dump_json() for arm in ARMS)
 
 
-def test_the_same_seed_draws_the_same_study_and_another_a_different_one() -> None:
-    assert made(seed=4) == made(seed=4)
-    assert made(seed=4)[0].packets != made(seed=5)[0].packets
-    study, _ = made(seed=4)
+def test_nothing_but_the_secret_tells_ids_and_orders() -> None:
+    study, key = made("one")
+    assert made("one") == (study, key)
+    other, other_key = made("two")
+    assert not key.answers.keys() & other_key.answers.keys()
+    assert [shown.prompt for shown in study.packets[0]] != [shown.prompt for shown in other.packets[0]]
+    assert "one" in key.as_file(), "its sha256, which the blind half holds, could be searched for otherwise"
     assert [s.prompt for s in study.packets[0]] != [s.prompt for s in study.packets[1]], "each reader has an own order"
 
 
@@ -67,18 +70,18 @@ def order_of(study: Study, key: Key, reader: int, item: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("reader", "item"), [(0, 1), (0, 3), (1, 4)])
-def test_over_seeds_every_order_of_arms_is_as_frequent(reader: int, item: int) -> None:
-    counts = Counter(order_of(*made(seed=seed, items=4), reader, item) for seed in range(1_200))
+def test_over_secrets_every_order_of_arms_is_as_frequent(reader: int, item: int) -> None:
+    counts = Counter(order_of(*made(secret, items=4), reader, item) for secret in range(1_200))
     assert len(counts) == 6
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_over_seeds_an_items_place_says_nothing_of_it_and_an_ids_order_nothing_of_the_arm() -> None:
-    first = Counter(made(seed=seed, items=4)[0].packets[0][0].prompt for seed in range(1_000))
+def test_over_secrets_an_items_place_says_nothing_of_it_and_an_ids_order_nothing_of_the_arm() -> None:
+    first = Counter(made(secret, items=4)[0].packets[0][0].prompt for secret in range(1_000))
     assert stats.chisquare(list(first.values())).pvalue > 1e-3
     lowest: Counter[int] = Counter()
-    for seed in range(1_000):
-        study, key = made(seed=seed, items=1)
+    for secret in range(1_000):
+        study, key = made(secret, items=1)
         lowest[key.answers[min(shown.id for shown in study.packets[0])].arm] += 1
     assert stats.chisquare(list(lowest.values())).pvalue > 1e-3
 
@@ -100,11 +103,12 @@ def test_each_arm_stands_in_each_position_as_often_to_within_one(items: int) -> 
         (["x"], {"a": ["y"]}, r"2 to 10 arms; there are 1 \(a\)"),
         (["x"], {str(n): ["y"] for n in range(11)}, "there are 11"),
         (["x", "z"], {"a": ["y", "y"], "b": ["y"]}, "b has 1 answers to 2 items"),
+        (["x", "z"], {"a": ["y", ""], "b": ["", " "]}, "All 2 answers of b are empty"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(prompts, answers, message) -> None:
     with pytest.raises(InvalidInput, match=message):
-        blind(DESIGN, prompts, answers)
+        blind(DESIGN, prompts, answers, "secret")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_criteria_that_cannot_be_rated_by_are_refused(criteria) -> None:
 
 @pytest.fixture
 def study() -> Study:
-    return blind(DESIGN, PROMPTS, ARMS, "this one")[0]
+    return blind(DESIGN, PROMPTS, ARMS, "secret", "this one")[0]
 
 
 def filled(study: Study, reader: int) -> list[dict[str, str]]:
@@ -228,7 +232,7 @@ def test_missing_rows_empty_cells_and_absent_readers_are_errors_or_with_partial_
     ]
     assert "--partial" in error.value.remedy
     ratings = collect(study, files, partial=True)
-    assert ratings.missing == {1: 3, 2: 0}
+    assert ratings.missing == {1: 5, 2: 0}, "two scores and a mark of the row, a score of another, an item's mark"
     assert gone not in ratings.by_id
     assert ratings.by_id[study.packets[0][1].id].preferred is None, "nothing is known of this item's preference"
     assert ratings.by_id[study.packets[0][3].id].scores["fluency"] is None
@@ -256,7 +260,7 @@ def test_all_that_is_wrong_is_told_at_once_and_no_more_than_fits(study: Study, t
 
 
 def test_a_file_that_is_no_packet_of_this_study_is_refused(study: Study, tmp_path: Path) -> None:
-    other, _ = blind(DESIGN.model_copy(update={"seed": 99}), PROMPTS, ARMS)
+    other, _ = blind(DESIGN, PROMPTS, ARMS, "another")
     with pytest.raises(InvalidInput, match="holds no answer of this study"):
         collect(study, [saved(tmp_path / "other.csv", filled(other, 0))], partial=True)
     without = [{key: cell for key, cell in row.items() if key != "fluency"} for row in filled(study, 0)]
