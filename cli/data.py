@@ -83,8 +83,11 @@ def select(
         "deduplicate": deduplicate,
         "decontaminate": decontaminate,
     }
-    content |= {key: value for key, value in said.items() if value}
+    said = {key: value for key, value in said.items() if value is not None and value != []}
+    content |= said
     for key, value in overrides(set_ or []).items():
+        if key in said:
+            raise InvalidInput(f"{key} is said twice: by an option of its own and with --set.", "Say it once.")
         _put(content, key, value)
     options = parse(PoolSelection, content, str(file) if file else "selection").anchored(Path.cwd())
     connect_flows()  # what needs no server has come first
@@ -97,11 +100,14 @@ def select(
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key."""
+    from infra.errors import InvalidInput
     from training.selection.options import source_named
 
     *parents, last = key.split(".")
     for parent in parents:
         inner = source_named(content.get(parent, {}))
+        if isinstance(inner, list):
+            raise InvalidInput(f"{key} is none: {parent} is a list.", f"Say all of it: --set '{parent}=[…]'")
         content[parent] = inner if isinstance(inner, dict) else {}
         content = content[parent]
     content[last] = value
@@ -113,9 +119,10 @@ def _tell(selected: "SelectedRows") -> None:
         "duplicates": selected.duplicates,
         "with a piece of an evaluation set": selected.contaminated,
     }
+    again = ", found again: the same choice of the same rows was there already" if selected.again else ""
     console.print(
         f"[bold green]✓[/] [bold]{selected.address}[/]  {selected.rows:,} of {selected.pool:,} rows, "
-        f"by {selected.method}"
+        f"by {selected.method}{again}"
     )
     for what, number in left_out.items():
         if number:
@@ -209,9 +216,11 @@ def export(
     from pyarrow.parquet import ParquetFile
 
     from flows.data_sets import ROWS
-    from infra.errors import Conflict, InvalidInput
+    from infra.errors import Conflict, InvalidInput, NotFound
     from registry import AdapterRegistry
 
+    if not file.parent.is_dir():
+        raise NotFound(f"The folder {file.parent} is not there.", "Make it, or name a file in another one.")
     if file.exists():
         raise Conflict(f"{file} is there already.", "Name another file, or remove it.")
     if file.suffix not in (".parquet", ".jsonl"):

@@ -40,4 +40,4 @@ def _columns(file: Path) -> Columns:
     names = read_schema(file).names
     if _TEXT in names:
         return Columns(text=_TEXT)
-    return Columns(choices="choices") if "choices" in names else Columns()
+    return Columns(**{name: name for name in ("choices", "tests") if name in names})

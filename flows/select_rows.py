@@ -19,12 +19,13 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
-from flows.data_sets import ROWS, readable
+from flows.data_sets import ROWS
 from flows.progress import Stage
 from flows.ray_cluster import one_worker_each, ray_runner
 from flows.reports import report_table
 from flows.run_states import cancel_if_interrupted
 from flows.selection_report import Samples, selection_page
+from flows.selection_samples import evaluation_sets_of, target_of
 from flows.selection_shards import embed, embeddings_folder, encoder_named, spread, surprise
 from infra.errors import InvalidInput
 from infra.settings import get_settings
@@ -33,15 +34,12 @@ from registry.addresses import adapter_name
 from training.checkpoints import exclusive
 from training.data.example import Example
 from training.data.example import fingerprint as fingerprint_of
-from training.data.sampling import sample
-from training.data.sources import DataSource, read_examples
 from training.device import best_device
 from training.selection import coverage, decontamination, dsir, gotd, near_duplicates, perplexity
 from training.selection.embedding import embeddings
-from training.selection.options import BY_EMBEDDING, DEFAULT_TARGET_ITEMS, LIKE_A_TARGET, SCORES, PoolSelection
+from training.selection.options import BY_EMBEDDING, LIKE_A_TARGET, SCORES, PoolSelection
 from training.selection.pool import Pool, Positions, content_sum, fingerprint, open_pool
 from training.selection.rows import Stacked
-from training.tasks.catalog import get_task
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +58,12 @@ class EvaluationSet(BaseModel):
 
 
 class SelectedRows(BaseModel):
-    """A data set of selected rows, and what was left out."""
+    """A data set of selected rows, and what was left out; `again` where it was there already, just like this."""
 
     model_config = ConfigDict(frozen=True)
 
     address: str
+    again: bool
     rows: int
     pool: int
     unusable: int
@@ -122,8 +121,7 @@ def select_rows(name: str, options: PoolSelection) -> SelectedRows:
 @flow(name="select-rows", flow_run_name="select rows for {name}", on_failure=[cancel_if_interrupted])
 def _select_rows(name: str, options: PoolSelection) -> SelectedRows:
     began = time.monotonic()
-    target = _sample(options.target, options.seed) if options.target else []
-    evaluation_sets = {source.name: _evaluation_set(source) for source in options.decontaminate}
+    target, evaluation_sets = target_of(options), evaluation_sets_of(options)
     pool = open_pool(options.pool, options.columns, options.on_bad)
     workdir = get_settings().runs / f"select-{name}-{_digest(options)}"
     with exclusive(workdir), one_worker_each() if get_settings().ray else nullcontext():
@@ -153,6 +151,7 @@ def _select_rows(name: str, options: PoolSelection) -> SelectedRows:
             )
             (folder / PAGE).write_text(page, encoding="utf-8")
             registry = AdapterRegistry()
+            before = {each.address for each in registry.datasets()}
             record = registry.keep_dataset(
                 name, folder, fingerprint=names, rows=int(chosen.selected.sum()), origin=_origin(options, left)
             )
@@ -160,6 +159,7 @@ def _select_rows(name: str, options: PoolSelection) -> SelectedRows:
     report_table(name, "selection", _steps(left, chosen))
     return SelectedRows(
         address=record.address,
+        again=record.address in before,
         rows=record.rows,
         pool=left.rows,
         unusable=left.unusable,
@@ -177,9 +177,10 @@ def _cleaned(pool: Pool, options: PoolSelection, evaluation_sets: dict[str, list
     """The pool without duplicates, and without pieces of evaluation sets."""
     left = _Left(pool, pool.rows)
     sums = spread("read the pool", _read, _shards(pool, options))
-    left.fingerprint, left.unusable = fingerprint(found for found, _ in sums), sum(skipped for _, skipped in sums)
+    left.fingerprint, left.unusable = fingerprint(found for found, *_ in sums), sum(skipped for _, skipped, _ in sums)
     if left.unusable:
-        logger.warning("%s of %s rows cannot be used and are left out.", f"{left.unusable:,}", f"{left.rows:,}")
+        first = next(why for _, _, why in sums if why)
+        logger.warning("%s of %s rows are left out, the first: %s", f"{left.unusable:,}", f"{left.rows:,}", first)
     if options.deduplicate != "none":
         hashes = spread("find equal rows", near_duplicates.content_hashes, _shards(left.pool, options))
         _drop(left, near_duplicates.repeated(hashes).dropped)
@@ -295,6 +296,8 @@ def _write(pool: Pool, chosen: _Chosen, file: Path) -> str:
     fields = [(name, pyarrow.string()) for name in layout]
     if pool.columns.choices:
         fields.append(("choices", pyarrow.list_(pyarrow.string())))
+    if pool.columns.tests:
+        fields.append(("tests", pyarrow.string()))
     fields += [("score", pyarrow.float64()), ("source", pyarrow.string()), ("row", pyarrow.int64())]
     schema, written = pyarrow.schema(fields), 0
     stage = Stage("write rows")
@@ -304,8 +307,8 @@ def _write(pool: Pool, chosen: _Chosen, file: Path) -> str:
             for position, example in zip(block.positions.tolist(), block.examples, strict=True):
                 source, number = pool.origin(position)
                 told = {"text": example.prompt, "prompt": example.prompt, "completion": example.completion}
-                extra = {"choices": list(example.choices), "score": float(scores[written]), "source": source}
-                rows.append({**told, **extra, "row": number})
+                extra = {"choices": list(example.choices), "tests": example.tests, "score": float(scores[written])}
+                rows.append({**told, **extra, "source": source, "row": number})
                 written += 1
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
             kept += block.examples
@@ -352,13 +355,13 @@ def _threads() -> int:
     return get_settings().threads or 2
 
 
-def _read(shard: Pool) -> tuple[int, int]:
-    """Content sum of a shard's rows, and how many cannot be used."""
-    total = skipped = 0
+def _read(shard: Pool) -> tuple[int, int, str]:
+    """Content sum of a shard's rows, how many cannot be used, and what is wrong with the first of these."""
+    total, skipped, why = 0, 0, ""
     for block in shard.blocks():
         total += content_sum(block.examples)
-        skipped += block.skipped
-    return total, skipped
+        skipped, why = skipped + block.skipped, why or block.why
+    return total, skipped, why
 
 
 def _sketched(shard: Pool, root: Path, threshold: float) -> Path:
@@ -370,18 +373,3 @@ def _sketched(shard: Pool, root: Path, threshold: float) -> Path:
 
 def _positions(shard: Pool) -> Positions:
     return np.concatenate([block.positions for block in shard.blocks()])
-
-
-def _sample(source: DataSource, seed: int) -> list[Example]:
-    """What a selection is to resemble: as many examples as the source's `sizes.train` says, or all of them."""
-    if source.task:
-        return list(get_task(source.task).generate("train", source.sizes.train or DEFAULT_TARGET_ITEMS, seed))
-    found = read_examples(readable(source))
-    return list(sample(found, source.sizes.train, seed)) if source.sizes.train else found
-
-
-def _evaluation_set(source: DataSource) -> list[Example]:
-    """All of a file or data set; of a task, what a suite would be drawn from."""
-    if source.task:
-        return list(get_task(source.task).generate("test", source.sizes.test or DEFAULT_TARGET_ITEMS, 0))
-    return read_examples(readable(source))

@@ -63,11 +63,16 @@ def select(pool: Path, *more: str) -> dict:
 
 
 def test_rows_like_the_target_are_kept_with_scores_and_origins(pool: Path, target: Path, tmp_path: Path) -> None:
-    said = ("--target", str(target), "--set", "target.columns.text=text", "--budget", "20", "--as", "sums")
+    said = ("--target", str(target), "--budget", "20", "--as", "sums")
     selected = select(pool, *said)
+    assert selected["again"] is False
     assert (selected["address"], selected["rows"], selected["pool"], selected["duplicates"]) == ("sums@1", 20, 120, 2)
     again = select(pool, *said)
-    assert again["address"] == "sums@1", "the same choice of the same rows"
+    assert (again["address"], again["again"]) == ("sums@1", True), "the same choice of the same rows"
+    assert "found again" in run_here("data", "select", str(pool), *said).out
+    assert "found again" not in run_here("data", "select", str(pool), *said, "--set", "seed=4").out
+    nowhere = run_here("data", "export", "sums", str(tmp_path / "nowhere" / "out.jsonl"))
+    assert nowhere.code == 3 and "nowhere is not there" in "".join(nowhere.err.split("\n"))
     out = tmp_path / "out.jsonl"
     assert run_here("data", "export", "sums", str(out)).code == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -84,7 +89,7 @@ def test_rows_like_the_target_are_kept_with_scores_and_origins(pool: Path, targe
 
 @pytest.mark.parametrize("method", ["dsir", "nearest", "k-centre", "random"])
 def test_every_method_keeps_as_many_as_it_should(pool: Path, target: Path, method: str) -> None:
-    like = ("--target", str(target), "--set", "target.columns.text=text") if method in ("dsir", "nearest") else ()
+    like = ("--target", str(target)) if method in ("dsir", "nearest") else ()
     selected = select(pool, *like, "--method", method, "--budget", "25", "--as", f"by-{method}")
     assert selected["rows"] == 25 and selected["method"] == method
 
@@ -107,6 +112,34 @@ def test_pieces_of_evaluation_items_and_near_copies_are_left_out(pool: Path, tmp
     assert (selected["duplicates"], selected["contaminated"]) == (3, 2)
     assert selected["evaluation_sets"] == [{"set": "held-out.jsonl", "items": 3, "hit": 2}]
     assert "a piece of 2 of 3 items" in run_here("data", "select", "--file", str(selection), *said).out
+
+
+def test_what_is_left_out_is_told_once(pool: Path) -> None:
+    with pool.open("a") as file:
+        file.write('{"text": 5}\n{"text": ""}\n')
+    said = ("--method", "random", "--budget", "5", "--set", "on_bad=skip", "--as", "some")
+    told = " ".join(run_here("data", "select", str(pool), *said).err.split())
+    assert told.count("pool.jsonl line 121: text is int, not text") == 1
+    assert "2 of 122 rows are left out" in told
+
+
+def test_tests_of_programs_and_choices_are_kept(tmp_path: Path, regraft_home: Path) -> None:
+    get_settings.cache_clear()
+    file = tmp_path / "programs.jsonl"
+    rows = [
+        {"prompt": f"f{n}", "completion": f"f{n} = {n}", "checks": f"assert f{n} == {n}", "options": [f"f{n} = {n}"]}
+        for n in range(6)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = ("--set", "columns={tests: checks, choices: options}", "--method", "random", "--budget", "6", "--as", "code")
+    select(file, *said)
+    from flows.data_sets import readable
+    from training.data.sources import DataSource, read_examples
+
+    kept = read_examples(readable(DataSource(selected="code@1")))
+    assert [(each.prompt, each.tests, each.choices) for each in kept] == [
+        (row["prompt"], row["checks"], tuple(row["options"])) for row in rows
+    ]
 
 
 def test_what_a_base_model_finds_least_surprising_is_kept(pool: Path, tmp_path: Path) -> None:
@@ -156,6 +189,10 @@ def test_a_recipe_trains_on_it_and_is_linked(tmp_path: Path, regraft_home: Path)
         (("--method", "random", "--budget", "5", "--set", "columns.text=body"), "has no column 'body'"),
         (("--method", "random", "--budget", "5", "--decontaminate", "no-such-file.jsonl"), "no-such-file.jsonl"),
         (("--method", "dsir", "--budget", "5", "--target", "nothing"), "There is no data set 'nothing'"),
+        (("--method", "dsir", "--budget", "5", "--target", "object_countin"), "Did you mean 'object_counting'?"),
+        (("--method", "perplexity", "--base", "b", "--share", "0"), "share: Input should be greater than 0"),
+        (("--method", "random", "--budget", "5", "--decontaminate", "navigate", "--set", "decontaminate=[]"), "twice"),
+        (("--method", "random", "--set", "decontaminate.file=x.jsonl"), "decontaminate is a list"),
     ],
 )
 def test_what_cannot_be_selected_is_told_and_keeps_nothing(pool: Path, more: tuple[str, ...], message: str) -> None:
@@ -179,7 +216,7 @@ def test_a_pool_that_is_not_there_or_has_no_name_is_told(tmp_path: Path, regraft
 
 def test_workers_of_a_cluster_select_what_threads_do(pool: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prefect_ray")
-    said = ("--target", str(target), "--set", "target.columns.text=text", "--budget", "20", "--set", "shard_rows=40")
+    said = ("--target", str(target), "--budget", "20", "--set", "shard_rows=40")
     here = select(pool, *said, "--as", "here")
     monkeypatch.setenv("REGRAFT_RAY", "local:2")
     get_settings.cache_clear()

@@ -51,7 +51,8 @@ def json_object(place: str, line: str) -> dict[str, Any]:
         row = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise InvalidInput(
-            f"{place} is not JSON: {error.msg} at column {error.colno}.", "Each line is one JSON object."
+            f"{place} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}.",
+            "Each line is one JSON object.",
         ) from None
     except RecursionError:
         raise InvalidInput(f"{place} is nested too deeply.", "Each line is one flat JSON object.") from None

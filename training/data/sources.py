@@ -109,8 +109,12 @@ class DataSource(Section):
         return self.model_copy(update=update)
 
 
-def read_examples(source: DataSource) -> list[Example]:
+def read_examples(source: DataSource, keys: str = "data.") -> list[Example]:
     """Every example of the source's file, or of its data set's split to train on.
+
+    Args:
+        source: where they are.
+        keys: what its options begin with, for messages.
 
     Raises:
         InvalidInput: the source is a task (its `generate` draws examples), or a row that cannot be used.
@@ -118,7 +122,12 @@ def read_examples(source: DataSource) -> list[Example]:
     """
     if source.task:
         raise InvalidInput(f"The task {source.task} generates its examples.", "Use load_splits or Task.generate.")
-    return to_examples(_parts(source)["train"], source.columns, source.on_empty)
+    return to_examples(_parts(source)["train"], source.columns, source.on_empty, keys)
+
+
+def first_row(source: DataSource) -> Row | None:
+    """The first row that `read_examples` reads, if there is one; it raises the same."""
+    return next(iter(_parts(source)["train"]), None)
 
 
 def load_splits(source: DataSource, seed: int) -> Splits:

@@ -122,7 +122,8 @@ def _row_groups(path: Path, stamp: tuple[int, int], columns: list[str]) -> list[
             if column not in names:
                 raise InvalidInput(
                     f"{path.name} has no column '{column}'. {did_you_mean(column, names)}",
-                    f"It has: {', '.join(names) or 'nothing'}.",
+                    f"It has: {', '.join(names) or 'nothing'}. Name the pool's columns with columns: its text, or its "
+                    "prompt and completion.",
                 )
         pieces, label, first = [], f"{path.name} row", 1
         for group in range(file.num_row_groups):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,8 @@ from numpy.typing import NDArray
 from infra.errors import InvalidInput, NotFound
 from training.data.example import Example
 from training.data.files import decoded_line, json_object
-from training.data.rows import Columns, to_examples
+from training.data.rows import Columns, to_example
 from training.selection.pieces import Piece, RawRow, cut, raw_rows
-
-logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 4096
 
@@ -33,11 +30,13 @@ class Block:
         positions: of each row in the pool, ascending.
         examples: the rows.
         skipped: how many rows among them could not be used and are left out.
+        why: what is wrong with the first of these.
     """
 
     positions: Positions
     examples: list[Example]
     skipped: int = 0
+    why: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -77,23 +76,21 @@ class Pool:
         """
         positions: list[int] = []
         examples: list[Example] = []
-        skipped = 0
+        skipped, why = 0, ""
         for piece, offset, raw in self._raw_rows():
             try:
                 examples.append(_example(piece, offset, raw, self.columns))
             except InvalidInput as error:
                 if self.on_bad == "error":
                     raise InvalidInput(error.what, f"{error.remedy} Or leave such rows out: on_bad: skip.") from None
-                if not skipped:
-                    logger.warning("Left out: %s", error.what)
-                skipped += 1
+                skipped, why = skipped + 1, why or error.what
                 continue
             positions.append(piece.position + offset)
             if len(examples) == self.block_rows:
-                yield Block(np.array(positions, np.int64), examples, skipped)
-                positions, examples, skipped = [], [], 0
+                yield Block(np.array(positions, np.int64), examples, skipped, why)
+                positions, examples, skipped, why = [], [], 0, ""
         if examples or skipped:
-            yield Block(np.array(positions, np.int64), examples, skipped)
+            yield Block(np.array(positions, np.int64), examples, skipped, why)
 
     @property
     def rows(self) -> int:
@@ -188,7 +185,9 @@ def content_sum(examples: Iterable[Example]) -> int:
     """The sum of the rows' sha256 hashes, to be added up over blocks and shards."""
     total = 0
     for example in examples:
-        content = json.dumps([example.prompt, example.completion, example.choices]).encode()
+        content = json.dumps(
+            [example.prompt, example.completion, example.choices, *filter(None, [example.tests])]
+        ).encode()
         total += int.from_bytes(hashlib.sha256(content).digest(), "big")
     return total
 
@@ -205,8 +204,7 @@ def fingerprint(sums: Iterable[int]) -> str:
 def _example(piece: Piece, offset: int, raw: RawRow, columns: Columns) -> Example:
     place = piece.place(offset)
     row = raw if isinstance(raw, dict) else json_object(place, decoded_line(piece.path, piece.first + offset, raw))
-    (example,) = to_examples([(place, row)], columns, on_empty="error")
-    return example
+    return to_example(place, row, columns, keys="")
 
 
 def _files(path: str) -> list[Path]:

@@ -178,6 +178,7 @@ def test_an_empty_file_is_refused(tmp_path, name):
     [
         ('{"prompt": "x" "completion": "y"}', "is not JSON: Expecting ',' delimiter at column 16"),
         ('{"prompt": "x", "completion": "y"', "is not JSON: Expecting ',' delimiter at column 34"),
+        ('{"prompt": "x', "is not JSON: Unterminated string starting at column 12"),
         ('["x", "y"]', "is a JSON array"),
         ('"x"', "is a JSON string"),
         ("null", "is a JSON null"),
@@ -206,6 +207,14 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path, line, match):
 def test_an_unusable_row_is_named(tmp_path, row, match):
     path = write_jsonl(tmp_path / "data.jsonl", [*ROWS, row])
     refused(path, f"data.jsonl line 4: .*{match}")
+
+
+def test_whole_numbers_are_answers_but_no_plain_text(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": 5, "completion": 3, "choices": [3, 4], "text": 5}])
+    error = refused(path, "data.jsonl line 1: text is int, not text", columns={"text": "text"})
+    assert error.remedy == "Write it as a string."
+    (example,) = read(path, columns={"choices": "choices"})
+    assert (example.prompt, example.completion, example.choices) == ("5", "3", ("3", "4"))
 
 
 def test_empty_rows_can_be_skipped_and_are_reported(tmp_path, caplog):

@@ -5,6 +5,7 @@ import gzip
 import json
 import pickle
 import random
+import re
 import tempfile
 import tracemalloc
 from dataclasses import replace
@@ -124,6 +125,28 @@ def test_a_fingerprint_names_the_rows_whatever_their_order_and_format(tmp_path: 
         assert name(pool_of(tmp_path, changed)) != name(other)
 
 
+def test_a_fingerprint_names_the_tests_of_programs_too(tmp_path: Path) -> None:
+    names = set()
+    for number, tests in enumerate(("assert f(1) == 1", "assert f(2) == 2")):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"prompt": ["f"], "completion": ["def f(x): return x"], "checks": [tests]}), path)
+        (block,) = open_pool([path], Columns(tests="checks")).blocks()
+        assert block.examples[0].tests == tests
+        names.add(fingerprint([content_sum(block.examples)]))
+    assert len(names) == 2
+
+
+def test_errors_of_a_pool_name_keys_that_a_selection_has(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "pool.jsonl", ["one"])
+    with pytest.raises(InvalidInput) as error:
+        list(open_pool([path], Columns(prompt="question")).blocks())
+    assert "Name the column with columns.prompt" in error.value.remedy
+    path.write_bytes(b'{"text": ""}')
+    with pytest.raises(InvalidInput) as error:
+        list(open_pool([path]).blocks())
+    assert error.value.remedy == "Fill it in. Or leave such rows out: on_bad: skip."
+
+
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = [
     (b'{"text": "unfinished\n', r"bad.jsonl line 2 is not JSON"),
@@ -131,6 +154,7 @@ BAD_LINES = [
     (b'{"txt": "good"}\n', r"bad.jsonl line 2 has no column 'text'. Did you mean 'txt'"),
     (b'{"text": {"a": 1}}\n', r"bad.jsonl line 2: text is dict, not text"),
     (b'{"text": 1.5}\n', r"bad.jsonl line 2: text is float, not text"),
+    (b'{"text": 5}\n', r"bad.jsonl line 2: text is int, not text"),
     (b'{"text": null}\n', r"bad.jsonl line 2: text is empty"),
     (b'{"text": " "}\n', r"bad.jsonl line 2: text is empty"),
     (b'{"text": "\\ud800"}\n', r"bad.jsonl line 2: text holds half of a surrogate pair"),
@@ -149,6 +173,7 @@ def test_a_row_that_cannot_be_used_is_named_or_counted(tmp_path: Path, line: byt
     blocks = list(replace(open_pool([path], on_bad="skip"), block_rows=1).blocks())
     assert [position for block in blocks for position in block.positions.tolist()] == [0, 2]
     assert sum(block.skipped for block in blocks) == 2
+    assert re.search(message, next(block.why for block in blocks if block.why))
 
 
 def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
