@@ -22,7 +22,7 @@ def lineage(
     format_: Annotated[Format, typer.Option("--format", "-f", help="tree, mermaid or json.")] = Format.tree,
     as_json: Json = False,
 ) -> None:
-    """Where a version comes from and what came of it, across base models.
+    """Where a version comes from and what came of it, across base models; and which data sets it was made from.
 
     Example: [bold]regraft lineage counting@8 --format mermaid[/]
     """
@@ -51,7 +51,12 @@ def lineage(
             for child, relation in sorted(children.get(parent, [])):
                 grow(tree.add(label(child, relation)), child)
 
-        born = {edge.child for edge in graph.edges}
+        for data in graph.data_sets:
+            tree = Tree(f"[dim]data set[/] [bold]{data.address}[/]  {data.rows:,} rows")
+            for child in data.made:
+                grow(tree.add(label(child, "made_from")), child)
+            console.print(tree)
+        born = {edge.child for edge in graph.edges} | {child for data in graph.data_sets for child in data.made}
         for root in sorted(nodes.keys() - born):
             tree = Tree(label(root))
             grow(tree, root)

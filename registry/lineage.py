@@ -1,6 +1,6 @@
 """Where versions come from: an acyclic graph of relations between them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,25 @@ class LineageEdgeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LineageData:
+    """A version of a data set, and the versions of the family that were trained on it (`made`).
+
+    Data sets have names of their own: an address may be an adapter's, too.
+    """
+
+    address: str
+    rows: int
+    made: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LineageGraph:
-    """The ancestors and descendants of one version (`subject`), and the edges between all of them."""
+    """The ancestors and descendants of one version (`subject`), the edges between all of them, and their data sets."""
 
     subject: str
     nodes: tuple[LineageNode, ...]
     edges: tuple[LineageEdgeRecord, ...]
+    data_sets: tuple[LineageData, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -59,6 +72,9 @@ class LineageGraph:
             aliases = f"<br/>{', '.join(node.aliases)}" if node.aliases else ""
             lines.append(f'    {names[node.address]}["{node.address}{aliases}<br/>{node.method} on {node.base}"]')
         lines += [f"    {names[edge.parent]} -->|{edge.relation}| {names[edge.child]}" for edge in self.edges]
+        for number, data in enumerate(self.data_sets):
+            lines.append(f'    d{number}[("{data.address}<br/>{data.rows:,} rows")]')
+            lines += [f"    d{number} -->|made_from| {names[child]}" for child in data.made]
         lines.append(f"    style {names[self.subject]} stroke-width:4px")
         return "\n".join(lines)
 
@@ -137,9 +153,20 @@ def graph_of(session: Session, version: Version) -> LineageGraph:
         LineageEdgeRecord(addresses[edge.parent_id], addresses[edge.child_id], edge.relation, edge.details)
         for edge in found
     ]
-    return LineageGraph(
-        version.address, tuple(sorted(nodes, key=lambda node: (node.distance, node.address))), tuple(edges)
-    )
+    ordered = tuple(sorted(nodes, key=lambda node: (node.distance, node.address)))
+    return LineageGraph(version.address, ordered, tuple(edges), _data_sets(rows))
+
+
+def _data_sets(rows: Iterable[Version]) -> tuple[LineageData, ...]:
+    """What the versions were trained on, as far as it is kept."""
+    made: dict[str, list[Version]] = {}
+    sizes: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        data = row.dataset.drawn_from if row.dataset else None
+        if data is not None:
+            sizes[data.address] = data.rows
+            made.setdefault(data.address, []).append(row)
+    return tuple(LineageData(name, sizes[name], tuple(row.address for row in made[name])) for name in sorted(made))
 
 
 def _reachable(session: Session, start: int, *, up: bool) -> dict[int, int]:

@@ -507,7 +507,7 @@ class AdapterRegistry:
             lineage.add_edge(session, *ends, relation, details or {})
 
     def lineage(self, address: str) -> LineageGraph:
-        """A version's ancestors and descendants, across base models."""
+        """A version's ancestors and descendants, across base models, and the data sets they were trained on."""
         with self.database.reading() as session:
             return lineage.graph_of(session, versions.find(session, address))
 

@@ -174,6 +174,9 @@ def test_a_recipe_trains_on_it_and_is_linked(tmp_path: Path, regraft_home: Path)
     record = AdapterRegistry().get(version)
     assert record.recipe["data"]["selected"] == "additions@1", "the name is pinned"
     assert record.dataset is not None and record.dataset.drawn_from == "additions@1"
+    family = run_here("lineage", version).out.splitlines()
+    assert "data set additions@1" in family[0] and "60 rows" in family[0]
+    assert f"made_from → {version}" in family[1] and len(family) == 2
     assert run_here("evaluate", version).code == 0, "its test split comes of the kept rows"
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -9,7 +10,9 @@ from sqlalchemy import delete
 
 from infra.errors import Conflict, InvalidInput
 from registry import AdapterRegistry
+from registry.lineage import LineageData
 from registry.models import LineageEdge
+from registry.records import DatasetRecord
 from tests.registry.conftest import OTHER_BASE
 
 
@@ -60,6 +63,28 @@ def test_the_graph_has_a_json_and_a_mermaid_form(registry: AdapterRegistry, regi
     assert lines[0] == "graph TD"
     assert '    v0["counting@1<br/>lora on tiny-a"]' in lines
     assert "    v0 -->|compressed_from| v1" in lines
+
+
+def test_data_sets_are_parents_of_what_was_trained_on_them(
+    registry: AdapterRegistry, register: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("{}")
+    registry.keep_dataset("counting", folder, fingerprint="f" * 64, rows=1234, origin={})
+    drawn = DatasetRecord("rows", "d" * 64, 1000, {}, drawn_from="counting@1")
+    parent = register(dataset=drawn)
+    child, stranger = register(), register("sorting")
+    other = register("sorting", dataset=drawn)
+    registry.add_edge(child, parent, "compressed_from")
+    graph = registry.lineage(child)
+    assert graph.data_sets == (LineageData("counting@1", 1234, (parent,)),)
+    assert other not in {node.address for node in graph.nodes}
+    assert graph.to_json()["data_sets"] == [{"address": "counting@1", "rows": 1234, "made": [parent]}]
+    lines = graph.to_mermaid().splitlines()
+    assert '    d0[("counting@1<br/>1,234 rows")]' in lines
+    assert "    d0 -->|made_from| v0" in lines
+    assert registry.lineage(stranger).data_sets == ()
 
 
 def test_a_version_is_not_its_own_parent(registry: AdapterRegistry, register: Callable[..., str]) -> None:

@@ -21,6 +21,7 @@ from infra.settings import get_settings
 from training.evaluation.suite import Suite
 
 _ENDINGS = (".yaml", ".yml")
+_SHIPPED = Path(__file__).parent / "suites"
 
 
 class SuiteFile(Section):
@@ -72,8 +73,8 @@ def suites_called(name: str, beside: Path | None = None) -> tuple[Suite, ...]:
 
 
 def suite_files() -> dict[str, Path]:
-    """Every suite file that can be named: of `suites/` in the working directory, then in Regraft's home."""
-    found = [path for folder in _folders() for path in sorted(folder.glob("*.yaml"))]
+    """Every suite file that can be named: of `suites/` in the working directory and in the home, and shipped ones."""
+    found = [path for folder in (*_folders(), _SHIPPED) for path in sorted(folder.glob("*.yaml"))]
     return {path.stem: path for path in reversed(found)}
 
 

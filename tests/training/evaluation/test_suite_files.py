@@ -11,7 +11,6 @@ from training.evaluation.suite_files import SuiteFile, suites_called
 from training.recipe import load_recipe
 from training.tasks.catalog import get_task
 
-REPOSITORY = Path(__file__).parents[3]
 SUMMARIES = """
 defaults: {data: {file: calls.jsonl}, samples: 50}
 suites:
@@ -109,8 +108,14 @@ def test_what_a_suite_does_not_say_is_not_stored_so_that_old_recipes_keep_their_
     assert set(Suite(task="navigate").model_dump(exclude_none=True)) == {"task", "split", "samples", "shots", "seed"}
 
 
-def test_the_general_suite_that_is_shipped_is_multiple_choice_on_several_tasks() -> None:
-    suites = SuiteFile.load(REPOSITORY / "suites" / "general.yaml").suites
+def test_a_file_of_ones_own_comes_before_the_one_that_is_shipped(project: Path) -> None:
+    assert len(suites_called("general")) == 6, "there is none in this working directory"
+    (project / "suites" / "general.yaml").write_text("suites: [{task: navigate}]")
+    assert [suite.title() for suite in suites_called("general")] == ["general/navigate/test"]
+
+
+def test_the_general_suite_that_is_shipped_is_multiple_choice_on_several_tasks(project: Path) -> None:
+    suites = suites_called("general")
     assert len(suites) >= 5
     for suite in suites:
         assert suite.metric == "multiple_choice" == get_task(str(suite.task)).metric
