@@ -1,6 +1,7 @@
 """What commands print: tables for people, JSON for programs."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+_CONTROLS = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_AFTER_ASCII = re.compile(r"[\x7f-\x9f]")
+
+
+class _Guarded(Console):
+    """A console on which a text, whoever wrote it, moves no cursor and sets no title."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As Rich does, with control characters shown as escapes (`\\x1b`), but for tabs and ends of lines."""
+        return super().render_str(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text), **options)
+
+
+console = _Guarded(highlight=False)
+errors = _Guarded(stderr=True, highlight=False)
 WIDE = 100  # columns of a terminal from which on a table shows what it can do without
 WORD = 12  # columns that a cell whose text may wrap needs at the least
 
@@ -68,7 +81,8 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
 
 def print_json(value: Any) -> None:
     """`value` as JSON on standard output."""
-    print(json.dumps(value, indent=2, default=_plain, ensure_ascii=False))
+    text = json.dumps(value, indent=2, default=_plain, ensure_ascii=False)
+    print(_AFTER_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _plain(value: Any) -> Any:
