@@ -8,6 +8,7 @@ do not, there is no result. lm-eval is given each of the batch sizes, and the qu
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,7 @@ GOAL = 2.0  # of lm-eval's items a second
 SAME = 0.01  # nats that two sums of float32 log-likelihoods may differ by
 
 Pair = tuple[list[int], list[int]]
+Found = tuple[list[Row], dict[str, object]]
 
 
 def asked(base: LoadedBase, task_name: str, items: int, shots: int) -> tuple[PromptFormat, list[str], list[list[str]]]:
@@ -79,12 +81,15 @@ def timed(run: Callable[..., list], *arguments: object, **options: object) -> tu
     return time.perf_counter() - began, found
 
 
-def require_alike(what: str, ours: Sequence[float | str], theirs: Sequence[float | str]) -> None:
-    """Stop the benchmark where two ways do not come to the same."""
+def require_alike(what: str, ours: Sequence[float | str], theirs: Sequence[float | str]) -> float:
+    """Stop the benchmark where two ways do not come to the same; the largest difference of what are numbers."""
+    largest = 0.0
     for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        alike = abs(one - other) <= SAME if isinstance(one, float) and isinstance(other, float) else one == other
-        if not alike:
+        difference = abs(one - other) if isinstance(one, float) and isinstance(other, float) else 0.0
+        if difference > SAME or (isinstance(one, str) and one != other):
             raise SystemExit(f"{what}: item {place} is {one!r} here and {other!r} there; there is nothing to compare.")
+        largest = max(largest, difference)
+    return largest
 
 
 def harness(base: LoadedBase, batch_size: int) -> object:
@@ -94,7 +99,7 @@ def harness(base: LoadedBase, batch_size: int) -> object:
     return HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size, add_bos_token=False)
 
 
-def of_choices(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[int]) -> list[Row]:
+def of_choices(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[int]) -> Found:
     form, prompts, choices = asked(base, CHOICES, items, shots)
     texts = [
         (prompt, form.completion(choice).removesuffix(form.end_mark))
@@ -104,17 +109,20 @@ def of_choices(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[i
     pairs = [(ids(base, prompt), ids(base, choice)) for prompt, choice in texts]
     seconds, scores = timed(log_likelihoods, base.model, pairs)
     slowly, plainly = timed(plain_likelihoods, base, pairs)
-    require_alike("plain loop", scores, plainly)
+    differences = {"plain": require_alike("plain loop", scores, plainly)}
     theirs = {}
     for size in batch_sizes:
         model = harness(base, size)
         requests = [(text, *pair) for text, pair in zip(texts, pairs, strict=True)]
         theirs[size], found = timed(model._loglikelihood_tokens, requests, disable_tqdm=True)
-        require_alike("lm-eval", scores, [score for score, _ in found])
-    return rows_of(f"multiple choice, {shots} solved examples", items, seconds, slowly, theirs)
+        differences[f"lm-eval, batch {size}"] = require_alike("lm-eval", scores, [score for score, _ in found])
+    speeds = rows_of(f"multiple choice, {shots} solved examples", items, seconds, slowly, theirs)
+    taken = {"ours": seconds, "plain": slowly, "lm-eval": theirs}
+    scored = {"continuations": len(pairs), "log_likelihoods": scores, "largest_differences_in_nats": differences}
+    return speeds, {"items": items, "seconds": taken, **scored}
 
 
-def of_answers(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[int]) -> list[Row]:
+def of_answers(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[int]) -> Found:
     from lm_eval.api.instance import Instance
 
     form, prompts, wanted = asked(base, ANSWERS, items, shots)
@@ -132,7 +140,10 @@ def of_answers(base: LoadedBase, items: int, shots: int, batch_sizes: Sequence[i
         requests = [Instance("generate_until", {}, (prompt, until), place) for place, prompt in enumerate(prompts)]
         theirs[size], found = timed(model.generate_until, requests, disable_tqdm=True)
         require_alike("lm-eval", answers, [text.strip() for text in found])
-    return rows_of(f"greedy answers, {shots} solved examples", items, seconds, slowly, theirs)
+    speeds = rows_of(f"greedy answers, {shots} solved examples", items, seconds, slowly, theirs)
+    right = sum(answer == text for answer, (text,) in zip(answers, wanted, strict=True))
+    taken = {"ours": seconds, "plain": slowly, "lm-eval": theirs}
+    return speeds, {"items": items, "seconds": taken, "tokens_at_most": room, "right": right}
 
 
 def rows_of(what: str, items: int, seconds: float, slowly: float, theirs: dict[int, float]) -> list[Row]:
@@ -159,8 +170,10 @@ def main() -> None:
     chosen = options.items, options.shots, options.batch_sizes
     with judging(base.model):
         log_likelihoods(base.model, [(ids(base, "One two three"), ids(base, " four"))])  # what is made once
-        rows = [*of_choices(base, *chosen), *of_answers(base, *chosen)]
-    write("evaluation_speed", rows, device="cpu" if device.type == "cpu" else torch.cuda.get_device_name())
+        (choices, of_all), (answers, of_each) = of_choices(base, *chosen), of_answers(base, *chosen)
+    details = {"multiple choice": of_all, "greedy answers": of_each, "load": os.getloadavg()}
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name()
+    write("evaluation_speed", [*choices, *answers], device=name, details=details)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def test_a_recipe_trains_on_it_and_is_linked(tmp_path: Path, regraft_home: Path)
         (("--method", "dsir", "--budget", "5", "--target", "object_countin"), "Did you mean 'object_counting'?"),
         (("--method", "perplexity", "--base", "b", "--share", "0"), "share: Input should be greater than 0"),
         (("--method", "random", "--budget", "5", "--decontaminate", "navigate", "--set", "decontaminate=[]"), "twice"),
-        (("--method", "random", "--set", "decontaminate.file=x.jsonl"), "decontaminate is a list"),
+        (("--decontaminate", "navigate", "--set", "decontaminate.file=x.jsonl"), "decontaminate is a list"),
     ],
 )
 def test_what_cannot_be_selected_is_told_and_keeps_nothing(pool: Path, more: tuple[str, ...], message: str) -> None:
