@@ -147,8 +147,9 @@ def test_progress_counts_every_answer() -> None:
 
 
 def test_a_prompt_too_long_for_the_model_is_refused_with_numbers() -> None:
-    with pytest.raises(InvalidInput, match=r"needs 312 tokens.*at most 256"):
+    with pytest.raises(InvalidInput, match=r"needs 312 tokens.*at most 256") as error:
         greedy_answers(tiny_llama(), tiny_tokenizer(), [[5] * 300], max_new_tokens=NEW, ends=())
+    assert "max_new_tokens" in error.value.remedy
 
 
 def test_an_empty_prompt_is_refused() -> None:
