@@ -1,7 +1,8 @@
 """Which rows of a batch belong to which adapter, sorted and cut for the kernels of `kernels.multi_lora`.
 
 Made once a batch, on the host, for all layers: rows are put in groups, an adapter each, the largest rank first; groups
-are cut into tiles of rows, and tiles into blocks of ranks. One copy brings that to the device.
+are cut into tiles of rows, and tiles into blocks of ranks. One copy brings that to the device. Without kernels, on the
+CPU, nothing is cut.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.dispatch import runs_on_triton
 from kernels.page_pool import PagePool
 
 Adapters = Sequence[int] | NDArray[np.integer[Any]]
@@ -57,8 +59,8 @@ class Tiling:
     """How work is cut.
 
     Args:
-        rows: of an adapter, in a tile. One is multiplied without tensor cores, sixteen and more with them.
-            Columns below are for numbers of 16 bits: of 32 bits, programs take half as many.
+        rows: of an adapter, in a tile: 16 or more, for tensor cores. Columns below are for numbers of 16 bits: of 32
+            bits, programs take half as many.
         shrink: x to h.
         expand: h to y.
     """
@@ -68,11 +70,10 @@ class Tiling:
     expand: Expanding
 
 
-# For one row of each adapter (S-LoRA's MBGMV), a few, and prompts (MBGMM).
-SINGLE = Tiling(1, Shrinking(16, 1024, 1024, warps=4, stages=1), Expanding((512, 256, 128), warps=4, stages=1))
+# For one row or a few of each adapter, and for prompts; as an H200 does best with.
 FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1))
-MANY = Tiling(64, Shrinking(64, 64, 0, warps=4, stages=4), Expanding((128, 128, 128), warps=4, stages=2))
-_FROM_FEW, _FROM_MANY = 2, 32  # rows of an adapter, on average
+MANY = Tiling(64, Shrinking(32, 64, 0, warps=4, stages=4), Expanding((256, 256, 256), warps=8, stages=2))
+_FROM_MANY = 32  # rows of an adapter, on average
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +85,10 @@ class BatchPlan:
         adapters: [rows], each row's slot, −1: none.
         tiling: how the work is cut.
         width: the most ranks of an adapter that there is room for, rounded up to 16.
-        tiles: [tiles, 4] int32 on the pool's device: slot, first position, rows, 0; slot −1 where there is no tile.
-        blocks: [blocks, 4] likewise, of ranks of tiles: the same and the first rank.
+        blocks: [blocks, 4] int32 on the pool's device: slot, first position, rows and first rank; slot −1 where there
+            is no block.
         order: [rows] likewise: the row at each position.
-        buffer: all three.
+        buffer: both; empty where no kernel will read it.
         removals: how many adapters had been removed from each slot, and in all, when the plan was made.
         editions: how many plans there have been in this buffer, a number that they share.
         edition: which of them this is.
@@ -97,7 +98,6 @@ class BatchPlan:
     adapters: NDArray[np.int64]
     tiling: Tiling
     width: int
-    tiles: Tensor
     blocks: Tensor
     order: Tensor
     buffer: Tensor
@@ -133,24 +133,22 @@ def plan_batch(
     Args:
         pool: holds the adapters.
         adapters: for each row the slot of its adapter, −1 for none; on the host.
-        tiling: SINGLE, FEW or MANY; as a rule the one that fits the batch.
+        tiling: FEW or MANY; as a rule the one that fits the batch.
         largest_rank: make room for any adapters of up to this rank: for `replan`, where a CUDA graph is captured.
 
     Raises:
         ValueError: a slot is out of range or empty, or an adapter's rank is larger than the largest.
     """
     slots = checked_slots(pool, adapters)
-    tiling = tiling or _tiling(slots)
-    groups = _group(pool, slots, tiling)
-    tiles, blocks, width = len(groups.tiles), len(groups.blocks), groups.width
-    if largest_rank is not None:
-        tiles, blocks = len(slots), len(slots) * -(-largest_rank // tiling.shrink.ranks)
+    cut = cut_batch(pool, slots, tiling) if runs_on_triton(pool.storage) else _UNCUT
+    blocks, positions, width = len(cut.blocks), len(cut.order), cut.width
+    if largest_rank is not None and cut is not _UNCUT:
+        blocks, positions = len(slots) * -(-largest_rank // cut.tiling.shrink.ranks), len(slots)
         width = -(-largest_rank // 16) * 16
-    buffer = torch.empty(4 * (tiles + blocks) + len(slots), dtype=torch.int32, device=pool.device)
-    end = 4 * (tiles + blocks)
-    parts = buffer[: 4 * tiles].view(-1, 4), buffer[4 * tiles : end].view(-1, 4), buffer[end:]
-    plan = BatchPlan(pool, slots, tiling, width, *parts, buffer, _removals(pool), np.zeros(1, np.int64))
-    _upload(plan, groups)
+    buffer = torch.empty(4 * blocks + positions, dtype=torch.int32, device=pool.device)
+    parts = buffer[: 4 * blocks].view(-1, 4), buffer[4 * blocks :]
+    plan = BatchPlan(pool, slots, cut.tiling, width, *parts, buffer, _removals(pool), np.zeros(1, np.int64))
+    _upload(plan, cut)
     return plan
 
 
@@ -168,19 +166,30 @@ def replan(plan: BatchPlan, adapters: Adapters) -> BatchPlan:
     if len(slots) != plan.rows:
         raise ValueError(f"The plan is for {plan.rows} rows, not {len(slots)}.")
     plan = replace(plan, adapters=slots, removals=_removals(plan.pool), edition=plan.edition + 1)
-    _upload(plan, _group(plan.pool, slots, plan.tiling))
+    if runs_on_triton(plan.pool.storage):
+        _upload(plan, cut_batch(plan.pool, slots, plan.tiling))
     plan.editions[0] = plan.edition
     return plan
 
 
 @dataclass(frozen=True, eq=False)
-class _Groups:
-    """A plan's content, as long as it is."""
+class Cut:
+    """A plan's content, as long as it is.
 
-    tiles: NDArray[np.int64]
+    Args:
+        tiling: how it was cut.
+        blocks: [blocks, 4], as `BatchPlan.blocks`.
+        order: [positions], the rows that have an adapter.
+        width: the most ranks of an adapter, rounded up to 16.
+    """
+
+    tiling: Tiling
     blocks: NDArray[np.int64]
     order: NDArray[np.int64]
     width: int
+
+
+_UNCUT = Cut(FEW, np.zeros((0, 4), np.int64), np.zeros(0, np.int64), 0)
 
 
 def _removals(pool: PagePool) -> tuple[NDArray[np.int64], int]:
@@ -205,46 +214,49 @@ def checked_slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
     return slots
 
 
-def _tiling(slots: NDArray[np.int64]) -> Tiling:
-    own = slots[slots >= 0]
-    mean = len(own) / max(len(np.unique(own)), 1)
-    return SINGLE if mean < _FROM_FEW else FEW if mean < _FROM_MANY else MANY
+def cut_batch(pool: PagePool, slots: NDArray[np.int64], tiling: Tiling | None = None) -> Cut:
+    """Sort rows by adapter, the largest rank first: what is left for the end is small. Cut them as `tiling` says."""
+    ranks = np.where(slots < 0, 0, pool.host_largest[slots]) if pool.slots else np.zeros(len(slots), np.int32)
+    own = np.count_nonzero(ranks)
+    order = np.argsort(slots - ranks * np.int64(pool.slots + 1), kind="stable")[:own]
+    if not own:
+        return Cut(tiling or FEW, _UNCUT.blocks, order, 0)
+    slots, ranks = slots[order], ranks[order]
+    ends = np.append(np.flatnonzero(slots[1:] != slots[:-1]) + 1, own)
+    counts = ends.copy()
+    counts[1:] -= ends[:-1]
+    tiling = tiling or (FEW if own < _FROM_MANY * len(ends) else MANY)
+    group, at = pieces(counts, tiling.rows)
+    first = at + (ends - counts)[group]
+    tile, first_rank = pieces(ranks[first], tiling.shrink.ranks)
+    first = first[tile]
+    blocks = np.empty((len(first), 4), np.int64)
+    blocks[:, 0], blocks[:, 1], blocks[:, 3] = slots[first], first, first_rank
+    np.minimum((counts[group] - at)[tile], tiling.rows, out=blocks[:, 2])
+    return Cut(tiling, blocks, order, -(-int(ranks[0]) // 16) * 16)
 
 
-def _group(pool: PagePool, slots: NDArray[np.int64], tiling: Tiling) -> _Groups:
-    ranks = np.where(slots < 0, 0, pool.host_largest[slots])
-    order = np.lexsort((slots, -ranks))  # the largest first: what is left for the end is small
-    order = order[: np.count_nonzero(ranks)]
-    sorted_slots, sorted_ranks = slots[order], ranks[order]
-    begins = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
-    counts = np.diff(begins, append=len(order))
-    begin, first = cut(counts, tiling.rows)
-    first += begins[begin]
-    size = np.minimum((begins + counts)[begin] - first, tiling.rows)
-    tiles = np.stack([sorted_slots[first], first, size, np.zeros_like(first)], 1)
-    tile, first_rank = cut(sorted_ranks[first], tiling.shrink.ranks)
-    blocks = tiles[tile]
-    blocks[:, 3] = first_rank
-    return _Groups(tiles, blocks, order, -(-int(ranks.max(initial=0)) // 16) * 16)
-
-
-def cut(lengths: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def pieces(lengths: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Each length in pieces of a size: of each piece, whose it is and where it begins."""
-    pieces = -(-lengths.astype(np.int64) // size)
-    whose = np.repeat(np.arange(len(lengths)), pieces)
-    return whose, (np.arange(len(whose)) - (np.cumsum(pieces) - pieces)[whose]) * size
+    numbers = -(-lengths.astype(np.int64) // size)
+    ends = numbers.cumsum()
+    whose = np.arange(len(lengths)).repeat(numbers)
+    return whose, (np.arange(len(whose)) - (ends - numbers)[whose]) * size
 
 
-def _upload(plan: BatchPlan, groups: _Groups) -> None:
-    if groups.width > plan.width or len(groups.tiles) > len(plan.tiles) or len(groups.blocks) > len(plan.blocks):
+def _upload(plan: BatchPlan, cut: Cut) -> None:
+    if cut.width > plan.width or len(cut.blocks) > len(plan.blocks) or len(cut.order) > len(plan.order):
         raise ValueError(
-            f"The plan has room for {len(plan.tiles)} tiles, {len(plan.blocks)} blocks and rank {plan.width}; the "
-            f"batch needs {len(groups.tiles)}, {len(groups.blocks)} and {groups.width}: plan with a `largest_rank`."
+            f"The plan has room for {len(plan.blocks)} blocks, {len(plan.order)} rows with an adapter and rank "
+            f"{plan.width}; the batch needs {len(cut.blocks)}, {len(cut.order)} and {cut.width}: plan with a "
+            "`largest_rank`."
         )
+    if not len(plan.buffer):
+        return
     # The allocator of pinned memory hands this out again only when it has been copied.
-    host = torch.full(plan.buffer.shape, -1, dtype=torch.int32, pin_memory=plan.buffer.is_cuda)
-    content, at = host.numpy(), 0
-    for there, part in ((plan.tiles, groups.tiles), (plan.blocks, groups.blocks), (plan.order, groups.order)):
-        content[at : at + part.size] = part.reshape(-1)
-        at += there.numel()
+    host = torch.empty(plan.buffer.shape, dtype=torch.int32, pin_memory=plan.buffer.is_cuda)
+    content, positions = host.numpy(), 4 * len(plan.blocks)
+    content[: cut.blocks.size] = cut.blocks.reshape(-1)
+    content[cut.blocks.size :] = -1
+    content[positions : positions + len(cut.order)] = cut.order
     plan.buffer.copy_(host, non_blocking=True)

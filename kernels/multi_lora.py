@@ -15,7 +15,9 @@ that can (compute capability 9), programs of the expanding kernel read their wei
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.batch_plan import FEW, Adapters, BatchPlan, checked_slots, cut
+from kernels.batch_plan import FEW, Adapters, BatchPlan, checked_slots, pieces
 from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 from kernels.page_pool import Module, PagePool
 
 _PROGRAMS = 256  # that keep a GPU busy
+_TOGETHER = 3  # layers in one launch
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if triton_is_there():
@@ -55,23 +58,34 @@ if triton_is_there():
         number = page[:, None] * WIDTH + (begin - piece * WIDTH + tl.arange(0, COLUMNS))[None, :]
         return tl.load(storage + number, mask=there[:, None], other=0.0)
 
-    @triton.jit(do_not_specialize=["directory"])  # type: ignore[untyped-decorator]
+    @triton.jit
+    def _own(which, first, second, third, MODULES: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What is the module's of which this program is."""
+        if MODULES == 1:
+            return first
+        elif MODULES == 2:  # noqa: RET505 (what is compiled is one of them)
+            return tl.where(which == 0, first, second)
+        else:
+            return tl.where(which == 0, first, tl.where(which == 1, second, third))
+
+    @triton.jit(do_not_specialize=["entries_0", "entries_1", "entries_2"])  # type: ignore[untyped-decorator]
     def _shrink(  # type: ignore[no-untyped-def]
         x,
         h,
         storage,
         table,
-        first,
-        offsets,
-        ranks,
-        scales,
+        directory,
         order,
         blocks,
-        directory,
+        entries_0,
+        entries_1,
+        entries_2,
         n,
         x_stride,
         h_stride,
+        h_module,
         span,
+        MODULES: tl.constexpr,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         RANKS: tl.constexpr,
@@ -79,54 +93,46 @@ if triton_is_there():
         STAGES: tl.constexpr,
         EARLY: tl.constexpr,
     ):
-        """h[rows, ranks, part] = s · x[rows, columns] · A[ranks, columns]ᵀ for the columns of a part."""
+        """h[module, rows, ranks, part] = s · x[rows, columns] · A[ranks, columns]ᵀ for the columns of a part."""
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
-        blocks += tl.program_id(0) * 4
+        which = tl.program_id(0) % MODULES  # next to each other they find x in the cache
+        blocks += tl.program_id(0) // MODULES * 4
         slot = tl.load(blocks)
         begin = tl.load(blocks + 1)
         count = tl.load(blocks + 2)
         first_rank = tl.load(blocks + 3)
         if slot < 0:
             return
-        rank = tl.load(ranks + directory + slot)
+        entry = directory + _own(which, entries_0, entries_1, entries_2, MODULES) + slot * 4
+        first = tl.load(entry)  # all are under way before one is looked at
+        rank = tl.load(entry + 1)
+        scale = tl.load(entry + 2).to(tl.float32, bitcast=True)
         if first_rank >= rank:
             return
-        table += tl.load(first + slot) + tl.load(offsets + directory + slot)
-        scale = tl.load(scales + directory + slot)
+        table += first
         pieces = tl.cdiv(n, WIDTH)
         part = tl.program_id(1)
-        start = part * span
-        end = tl.minimum(n, start + span)
-        h += part
         parts = tl.num_programs(1)
+        start = part * span
         j = first_rank + tl.arange(0, RANKS)
         there = j < rank
-        if ROWS == 1:
-            x += tl.load(order + begin).to(tl.int64) * x_stride
-            sums = tl.zeros([RANKS], tl.float32)
-            for c in tl.range(start, end, COLUMNS, num_stages=STAGES):
-                weights = _weights(storage, table, j, there, pieces, c, WIDTH, COLUMNS)
-                column = c + tl.arange(0, COLUMNS)
-                inputs = tl.load(x + column, mask=column < n, other=0.0)
-                sums += tl.sum(weights.to(tl.float32) * inputs.to(tl.float32)[None, :], 1)
-            tl.store(h + begin.to(tl.int64) * h_stride + j * parts, sums * scale, mask=there)
-        else:
-            row = tl.arange(0, ROWS)
-            live = row < count
-            places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * x_stride
-            total = tl.zeros([ROWS, RANKS], tl.float32)
-            for c in tl.range(start, end, COLUMNS, num_stages=STAGES):
-                weights = _weights(storage, table, j, there, pieces, c, WIDTH, COLUMNS)
-                column = c + tl.arange(0, COLUMNS)
-                inside = live[:, None] & (column < n)[None, :]
-                inputs = tl.load(x + places[:, None] + column[None, :], mask=inside, other=0.0)
-                total = _product(inputs, weights.trans(), total)
-            target = h + (begin + row).to(tl.int64)[:, None] * h_stride + j[None, :] * parts
-            tl.store(target, total * scale, mask=live[:, None] & there[None, :])
+        row = tl.arange(0, ROWS)
+        live = row < count
+        places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * x_stride
+        total = tl.zeros([ROWS, RANKS], tl.float32)
+        for c in tl.range(start, tl.minimum(n, start + span), COLUMNS, num_stages=STAGES):
+            weights = _weights(storage, table, j, there, pieces, c, WIDTH, COLUMNS)
+            column = c + tl.arange(0, COLUMNS)
+            inside = live[:, None] & (column < n)[None, :]
+            inputs = tl.load(x + places[:, None] + column[None, :], mask=inside, other=0.0)
+            total = _product(inputs, weights.trans(), total)
+        h += which.to(tl.int64) * h_module + part
+        target = h + (begin + row).to(tl.int64)[:, None] * h_stride + j[None, :] * parts
+        tl.store(target, total * scale, mask=live[:, None] & there[None, :])
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _expand_block(  # type: ignore[no-untyped-def]
+    def _expand_columns(  # type: ignore[no-untyped-def]
         y,
         h,
         storage,
@@ -135,10 +141,11 @@ if triton_is_there():
         begin,
         count,
         rank,
+        share,
+        shares,
         m,
         y_stride,
         h_stride,
-        start,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         RANKS: tl.constexpr,
@@ -148,41 +155,31 @@ if triton_is_there():
         STAGES: tl.constexpr,
         EARLY: tl.constexpr,
     ):
-        """y[rows, columns] += Σ_part h[rows, :, part] · Bᵀ[:, columns] for COLUMNS columns from `start` on."""
-        column = start + tl.arange(0, COLUMNS)
+        """y[rows, columns] += Σ_part h[rows, :, part] · Bᵀ[:, columns], COLUMNS at a time: a share of all of them."""
         pieces = tl.cdiv(m, WIDTH)
         part = tl.arange(0, ROUND)
-        if ROWS == 1:
-            target = y + tl.load(order + begin).to(tl.int64) * y_stride + column
-            total = tl.load(target, mask=column < m, other=0.0).to(tl.float32)
-            h += begin.to(tl.int64) * h_stride
-            for first_rank in tl.range(0, rank, RANKS, num_stages=STAGES):
-                j = first_rank + tl.arange(0, RANKS)
-                weights = _weights(storage, table, j, j < rank, pieces, start, WIDTH, COLUMNS)
-                if EARLY:
-                    tl.extra.cuda.gdc_wait()  # for h
-                entry = h + j[:, None] * PARTS + part[None, :]
-                hidden = tl.sum(tl.load(entry, mask=(j < rank)[:, None] & (part < PARTS)[None, :], other=0.0), 1)
-                total += tl.sum(weights.to(tl.float32) * hidden[:, None], 0)
-            tl.store(target, total.to(y.dtype.element_ty), mask=column < m)
-        else:
-            row = tl.arange(0, ROWS)
-            live = row < count
-            places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * y_stride
-            h += (begin + row).to(tl.int64)[:, None] * h_stride
+        row = tl.arange(0, ROWS)
+        live = row < count
+        places = tl.load(order + begin + row, mask=live, other=0).to(tl.int64) * y_stride
+        h += (begin + row).to(tl.int64)[:, None] * h_stride
+        for start in range(share * COLUMNS, m, shares * COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            target = y + places[:, None] + column[None, :]
+            inside = live[:, None] & (column < m)[None, :]
+            before = tl.load(target, mask=inside, other=0.0)  # on its way while the page is looked up
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
             for first_rank in tl.range(0, rank, RANKS, num_stages=STAGES):
                 j = first_rank + tl.arange(0, RANKS)
                 weights = _weights(storage, table, j, j < rank, pieces, start, WIDTH, COLUMNS)
                 there = live[:, None] & (j < rank)[None, :]
                 if EARLY:
-                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_wait()  # for h
                 if PARTS == 1:
                     hidden = tl.load(h + j[None, :], mask=there, other=0.0)
                 else:
-                    entry = h[:, :, None] + j[None, :, None] * PARTS + part[None, None, :]
-                    inside = there[:, :, None] & (part < PARTS)[None, None, :]
-                    hidden = tl.sum(tl.load(entry, mask=inside, other=0.0), 2)
+                    number = h[:, :, None] + j[None, :, None] * PARTS + part[None, None, :]
+                    known = there[:, :, None] & (part < PARTS)[None, None, :]
+                    hidden = tl.sum(tl.load(number, mask=known, other=0.0), 2)
                 if weights.dtype == tl.float32:
                     total = _product(hidden, weights, total)
                 else:  # two numbers of sixteen bits are nearly one of 32
@@ -190,29 +187,35 @@ if triton_is_there():
                     low = (hidden - high.to(tl.float32)).to(weights.dtype)
                     total = _product(low, weights, total)
                     total = _product(high, weights, total)
-            target = y + places[:, None] + column[None, :]
-            inside = live[:, None] & (column < m)[None, :]
-            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-            tl.store(target, total.to(y.dtype.element_ty), mask=inside)
+            tl.store(target, (total + before.to(tl.float32)).to(y.dtype.element_ty), mask=inside)
 
-    @triton.jit(do_not_specialize=["directory"])  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["entries_0", "entries_1", "entries_2"])  # type: ignore[untyped-decorator]
     def _expand(  # type: ignore[no-untyped-def]
-        y,
+        y_0,
+        y_1,
+        y_2,
         h,
         storage,
         table,
-        first,
-        offsets,
-        ranks,
-        order,
-        tiles,
         directory,
+        order,
+        blocks,
+        entries_0,
+        entries_1,
+        entries_2,
         n,
-        m,
-        y_stride,
+        m_0,
+        m_1,
+        m_2,
+        y_stride_0,
+        y_stride_1,
+        y_stride_2,
         h_stride,
+        h_module,
+        MODULES: tl.constexpr,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
+        RANKS: tl.constexpr,
         WIDE: tl.constexpr,
         MIDDLE: tl.constexpr,
         NARROW: tl.constexpr,
@@ -221,36 +224,42 @@ if triton_is_there():
         STAGES: tl.constexpr,
         EARLY: tl.constexpr,
     ):
-        """y += h · Bᵀ for a tile of rows and a block of columns, of which there are more the fewer ranks there are."""
-        tiles += tl.program_id(0) * 4
-        block = tl.program_id(1)
-        slot = tl.load(tiles)
-        begin = tl.load(tiles + 1)
-        count = tl.load(tiles + 2)
+        """y += h · Bᵀ for a tile of rows, whose columns are divided among programs, more for more ranks."""
+        which = tl.program_id(0) % MODULES
+        blocks += tl.program_id(0) // MODULES * 4
+        slot = tl.load(blocks)
+        begin = tl.load(blocks + 1)
+        count = tl.load(blocks + 2)
+        first_rank = tl.load(blocks + 3)
         if slot < 0:
             return
-        rank = tl.load(ranks + directory + slot)
-        if rank == 0:
+        entry = directory + _own(which, entries_0, entries_1, entries_2, MODULES) + slot * 4
+        first = tl.load(entry)
+        rank = tl.load(entry + 1)
+        if first_rank >= rank:
             return
-        table += tl.load(first + slot) + tl.load(offsets + directory + slot) + rank * tl.cdiv(n, WIDTH)  # B is after A
+        y = _own(which, y_0, y_1, y_2, MODULES)
+        m = _own(which, m_0, m_1, m_2, MODULES)
+        y_stride = _own(which, y_stride_0, y_stride_1, y_stride_2, MODULES)
+        h += which.to(tl.int64) * h_module
+        table += first + rank * tl.cdiv(n, WIDTH)  # B is after A
+        share = first_rank // RANKS * tl.num_programs(1) + tl.program_id(1)
+        shares = tl.cdiv(rank, RANKS) * tl.num_programs(1)
         if rank <= 16:
-            if block * WIDE < m:
-                _expand_block(
-                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
-                    block * WIDE, WIDTH, ROWS, 16, WIDE, PARTS, ROUND, STAGES, EARLY,
-                )  # fmt: skip
+            _expand_columns(
+                y, h, storage, table, order, begin, count, rank, share, shares, m, y_stride, h_stride,
+                WIDTH, ROWS, 16, WIDE, PARTS, ROUND, STAGES, EARLY,
+            )  # fmt: skip
         elif rank <= 32:
-            if block * MIDDLE < m:
-                _expand_block(
-                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
-                    block * MIDDLE, WIDTH, ROWS, 32, MIDDLE, PARTS, ROUND, STAGES, EARLY,
-                )  # fmt: skip
+            _expand_columns(
+                y, h, storage, table, order, begin, count, rank, share, shares, m, y_stride, h_stride,
+                WIDTH, ROWS, 32, MIDDLE, PARTS, ROUND, STAGES, EARLY,
+            )  # fmt: skip
         else:
-            if block * NARROW < m:
-                _expand_block(
-                    y, h, storage, table, order, begin, count, rank, m, y_stride, h_stride,
-                    block * NARROW, WIDTH, ROWS, 64, NARROW, PARTS, ROUND, STAGES, EARLY,
-                )  # fmt: skip
+            _expand_columns(
+                y, h, storage, table, order, begin, count, rank, share, shares, m, y_stride, h_stride,
+                WIDTH, ROWS, 64, NARROW, PARTS, ROUND, STAGES, EARLY,
+            )  # fmt: skip
 
 
 def multi_lora_reference(x: Tensor, adapters: Adapters, pool: PagePool, module: str) -> Tensor:
@@ -263,38 +272,49 @@ def multi_lora_reference(x: Tensor, adapters: Adapters, pool: PagePool, module: 
     return added
 
 
-def add_multi_lora(y: Tensor, x: Tensor, plan: BatchPlan, module: str) -> None:
+def add_multi_lora(y: Tensor | Sequence[Tensor], x: Tensor, plan: BatchPlan, module: str | Sequence[str]) -> None:
     """y[i] += s_a·(x[i]·A_aᵀ)·B_aᵀ for each row's adapter a, in place; without a gradient.
 
+    Layers that read the same x (queries, keys and values; a gate and what it lets through) cost little more together
+    than one of them alone, and give bit for bit what they give alone.
+
     Args:
-        y: [rows, m], what the base layer gives, rows of any stride; of the pool's dtype and device.
+        y: [rows, m], what the base layer gives, rows of any stride; of the pool's dtype and device. Of several layers
+            a tensor each, which may be parts of one.
         x: [rows, n], likewise.
         plan: of the batch.
-        module: name of the layer. Adapters that leave it alone add nothing.
+        module: name of the layer, or of up to three. Adapters that leave one alone add nothing.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit the plan's pool; one of the plan's adapters has been
             removed since; or a gradient would be lost.
     """
+    ys, names = ([y] if isinstance(y, Tensor) else y), ([module] if isinstance(module, str) else module)
+    if not 1 <= len(names) == len(ys) <= _TOGETHER:
+        raise ValueError(f"There are {len(names)} modules and {len(ys)} tensors: up to {_TOGETHER}, as many of each.")
     pool = plan.pool
-    if module not in pool.modules:
-        raise ValueError(f"The pool has no module {module}.")
-    layer = pool.modules[module]
-    _check(y, x, plan, layer)
-    if not len(plan.tiles):
-        return
+    for name in names:
+        if name not in pool.modules:
+            raise ValueError(f"The pool has no module {name}.")
+    modules = [pool.modules[name] for name in names]
+    _check(ys, x, plan, modules)
     if not runs_on_triton(pool.storage) or pool.storage.dtype not in _KERNEL_DTYPES:
-        sparse = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
-        (_add_by_pages if sparse else _add_by_adapters)(y.detach(), x.detach(), plan, layer)
+        sparse = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        for each, layer in zip(ys, modules, strict=True):
+            (_add_by_pages if sparse else _add_by_adapters)(each.detach(), x.detach(), plan, layer)
+        return
+    if not len(plan.blocks):
         return
     # A kernel is launched on the current device, whatever its arguments are on.
-    with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
-        _launch(y, x, plan, layer)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _launch(ys, x, plan, modules)
 
 
-def _check(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
+def _check(ys: Sequence[Tensor], x: Tensor, plan: BatchPlan, modules: Sequence[Module]) -> None:
     pool = plan.pool
-    for name, tensor, columns in (("x", x, module.inputs), ("y", y, module.outputs)):
+    tensors = [("x", x, module.inputs) for module in modules]
+    tensors += [("y", y, module.outputs) for y, module in zip(ys, modules, strict=True)]
+    for name, tensor, columns in tensors:
         if tensor.shape != (plan.rows, columns):
             raise ValueError(f"{name} is {tuple(tensor.shape)}; the plan and the module need {(plan.rows, columns)}.")
         if (tensor.dtype, tensor.device) != (pool.storage.dtype, pool.device):
@@ -303,64 +323,69 @@ def _check(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
             )
         if columns > 1 and tensor.stride(1) != 1:
             raise ValueError(f"The rows of {name} must be contiguous.")
-    if plan.rows > 1 and y.stride(0) < module.outputs:
-        raise ValueError("The rows of y must not overlap.")
+        if name == "y" and plan.rows > 1 and tensor.stride(0) < columns:
+            raise ValueError("The rows of y must not overlap.")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError("What is added in place has no gradient: use torch.no_grad.")
+    if any(_overlap(left, right) for left, right in combinations(ys, 2)):
+        raise ValueError("Layers that are added together must not write to the same numbers.")
     if not (pool.table.is_contiguous() and pool.storage.is_contiguous() and plan.buffer.is_contiguous()):
         raise ValueError("The pool's storage, its page table and the plan must be contiguous.")
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        raise ValueError("What is added in place has no gradient: use torch.no_grad.")
     plan.check()
 
 
-def _launch(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None:
-    pool, rows, shrink, expand = plan.pool, plan.tiling.rows, plan.tiling.shrink, plan.tiling.expand
-    n, m = module.inputs, module.outputs
+def _overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether two [rows, columns] tensors share numbers; columns of one wider tensor do not."""
+    left, right = sorted((left, right), key=Tensor.data_ptr)
+    apart = (right.data_ptr() - left.data_ptr()) // left.element_size()
+    rows, stride = len(left), left.stride(0)
+    if not rows or apart >= (rows - 1) * stride + left.shape[1]:
+        return False
+    apart %= max(stride, 1)
+    return not (rows == 1 or stride == right.stride(0)) or not left.shape[1] <= apart <= stride - right.shape[1]
+
+
+def _launch(ys: Sequence[Tensor], x: Tensor, plan: BatchPlan, modules: Sequence[Module]) -> None:
+    pool, shrink, expand = plan.pool, plan.tiling.shrink, plan.tiling.expand
+    n, number = x.shape[1], len(modules)
     most, wider = pool.width & -pool.width, pool.storage.element_size() // 2  # `most` is a power of two
     columns = min(shrink.columns // wider, most)
     span = shrink.span or _span(n, columns, len(plan.blocks))
     parts = triton.cdiv(n, span)
-    h = torch.empty(plan.rows, plan.width, parts, dtype=torch.float32, device=y.device)
-    early = rows <= FEW.rows and _overlaps(y.device)
-    common: dict[str, Any] = {"WIDTH": pool.width, "ROWS": rows, "EARLY": early}
-    _shrink[(len(plan.blocks), parts)](
+    h = torch.empty(number, plan.rows, plan.width, parts, dtype=torch.float32, device=x.device)
+    early = plan.tiling.rows <= FEW.rows and _overlaps(x.device)
+    known: dict[str, Any] = {"MODULES": number, "WIDTH": pool.width, "ROWS": plan.tiling.rows, "EARLY": early}
+    known |= {"RANKS": shrink.ranks}
+    weights = pool.storage, pool.table, pool.directory, plan.order, plan.blocks
+    filled = [*range(number), 0, 0][:_TOGETHER]  # what a module that there is not would have is never looked at
+    entries = [4 * pool.slots * modules[each].index for each in filled]
+    _shrink[(number * len(plan.blocks), parts)](
         x,
         h,
-        pool.storage,
-        pool.table,
-        pool.first,
-        pool.offsets,
-        pool.ranks,
-        pool.scales,
-        plan.order,
-        plan.blocks,
-        module.index * pool.slots,
+        *weights,
+        *entries,
         n,
         x.stride(0),
+        h.stride(1),
         h.stride(0),
         span,
-        **common,
-        RANKS=shrink.ranks,
+        **known,
         COLUMNS=columns,
         STAGES=shrink.stages,
         num_warps=shrink.warps,
     )
     wide, middle, narrow = (min(each // wider, most) for each in expand.columns)
-    _expand[(len(plan.tiles), triton.cdiv(m, min(wide, middle, narrow)))](
-        y,
+    _expand[(number * len(plan.blocks), triton.cdiv(max(module.outputs for module in modules), wide))](
+        *(ys[each] for each in filled),
         h,
-        pool.storage,
-        pool.table,
-        pool.first,
-        pool.offsets,
-        pool.ranks,
-        plan.order,
-        plan.tiles,
-        module.index * pool.slots,
+        *weights,
+        *entries,
         n,
-        m,
-        y.stride(0),
+        *(modules[each].outputs for each in filled),
+        *(ys[each].stride(0) for each in filled),
+        h.stride(1),
         h.stride(0),
-        **common,
+        **known,
         WIDE=wide,
         MIDDLE=middle,
         NARROW=narrow,
@@ -398,7 +423,7 @@ def _add_by_pages(y: Tensor, x: Tensor, plan: BatchPlan, module: Module) -> None
     ranks = pool.host_ranks[module.index, slots].astype(np.int64)
     inputs, outputs = -(-module.inputs // width), -(-module.outputs // width)
     begin = pool.host_first[slots] + pool.host_offsets[module.index, slots]
-    row, rank = cut(ranks, 1)
+    row, rank = pieces(ranks, 1)
     A, B = begin[row] + rank * inputs, (begin + ranks * inputs)[row] + rank * outputs
     rows, ends = torch.from_numpy(order), torch.from_numpy(np.append(0, np.cumsum(ranks)))
     x = x.index_select(0, rows)

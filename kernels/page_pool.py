@@ -135,10 +135,10 @@ class Module:
 class PagePool:
     """The LoRAs of many adapters for one base model, each adapter in a slot.
 
-    Where weights lie is kept on the device, too, for kernels: for module i and slot a, `start` above is
-    `first[a] + offsets[i, a]`, and `ranks[i, a]` is 0 where the adapter leaves the module alone. The table is as long
-    as there are pages; when its end is reached, the holes that removed adapters have left are closed. All is done on
-    the current stream: kernels that were launched on it before still see what they were launched for.
+    Where weights lie is kept on the device, too, for kernels: `directory[i, a]` holds, for module i and slot a, `start`
+    above, the rank (0 where the adapter leaves the module alone), the bits of the scale in float32, and 0. The table is
+    as long as there are pages; when its end is reached, the holes that removed adapters have left are closed. All is
+    done on the current stream: kernels that were launched on it before still see what they were launched for.
 
     Args:
         modules: name and (inputs n, outputs m) of each layer that adapters may add to.
@@ -188,11 +188,8 @@ class PagePool:
         )
         self.host_largest = np.zeros(slots, dtype=np.int32)  # of an adapter's ranks
         self.host_table: Pages = np.zeros(pages, dtype=np.int32)
-        self.table, self.first, self.ranks, self.offsets = (
-            torch.from_numpy(host.copy()).to(device)
-            for host in (self.host_table, self.host_first, self.host_ranks, self.host_offsets)
-        )
-        self.scales = torch.zeros(self.ranks.shape, device=device)
+        self.table = torch.zeros(pages, dtype=torch.int32, device=device)
+        self.directory = torch.zeros(len(modules), slots, 4, dtype=torch.int32, device=device)
         self._lengths: dict[int, int] = {}  # of each tenant's part of the table, in the table's order
         self._end = 0
 
@@ -248,7 +245,7 @@ class PagePool:
             self.host_ranks[index, slot] = adapter[name].rank
             self.host_scales[index, slot] = adapter[name].scale
         self.host_largest[slot] = self.host_ranks[:, slot].max(initial=0)
-        self._tell(slot)
+        self._tell(slice(slot, slot + 1))
         return slot
 
     def remove(self, slot: int) -> None:
@@ -262,7 +259,7 @@ class PagePool:
         self.removed[slot] += 1
         self.removals += 1
         self.host_ranks[:, slot] = 0
-        self._tell(slot)  # of rank 0: a launch that should not be adds nothing
+        self._tell(slice(slot, slot + 1))  # of rank 0: a launch that should not be adds nothing
 
     def pages(self, slot: int) -> Pages:
         """An adapter's pages, in order.
@@ -341,15 +338,14 @@ class PagePool:
             parts.append(torch.nn.functional.pad(matrix, (0, missing)).reshape(-1, self.width))
         return torch.cat(parts).to(self.device)
 
-    def _tell(self, slot: int) -> None:
-        """Bring the device's directories up to date for one slot."""
-        self.first[slot] = int(self.host_first[slot])
-        for there, host in (
-            (self.ranks, self.host_ranks),
-            (self.offsets, self.host_offsets),
-            (self.scales, self.host_scales),
-        ):
-            there[:, slot] = torch.from_numpy(host[:, slot].copy()).to(self.device)
+    def _tell(self, slots: slice) -> None:
+        """Bring the device's directory up to date."""
+        ranks = self.host_ranks[:, slots]
+        entries = np.zeros((*ranks.shape, 4), dtype=np.int32)
+        entries[..., 0] = self.host_first[slots] + self.host_offsets[:, slots]
+        entries[..., 1] = ranks
+        entries[..., 2] = self.host_scales[:, slots].astype(np.float32).view(np.int32)
+        self.directory[:, slots] = torch.from_numpy(entries).to(self.device)
 
     def _close_holes(self) -> None:
         tables = {slot: self.pages(slot) for slot in self._lengths}
@@ -359,4 +355,4 @@ class PagePool:
             self.host_table[self._end : self._end + len(pages)] = pages
             self._end += len(pages)
         self.table.copy_(torch.from_numpy(self.host_table))
-        self.first.copy_(torch.from_numpy(self.host_first))
+        self._tell(slice(None))

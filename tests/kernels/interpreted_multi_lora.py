@@ -5,23 +5,24 @@ import sys
 
 import torch
 
-from kernels.batch_plan import FEW, MANY, SINGLE, Tiling, plan_batch, replan
+from kernels.batch_plan import FEW, MANY, Tiling, plan_batch, replan
 from kernels.dispatch import runs_on_triton
 from kernels.multi_lora import add_multi_lora
-from tests.kernels.adapters import expected, scattered_pool
+from kernels.page_pool import PagePool
+from tests.kernels.adapters import expected, lora, scattered_pool
 from tests.kernels.packed import error, inputs
 
-TILINGS = {"single": SINGLE, "few": FEW, "many": MANY}
+TILINGS = {"few": FEW, "many": MANY}
 # Inputs, outputs, page width: rank rows of several pages, of one, of no whole page; one column; pages that only a small
 # power of two divides. On a GPU each case is compiled: what shapes have nothing to do with is not tried with each.
 WHOLE, SHAPES = (1056, 300, 256), ((130, 70, 64), (1, 200, 128), (96, 1, 192))
 CASES = {
     f"{n}x{m} of {width}, {kind}, {dtype}": ((n, m, width), dtype, kind)
     for shape, kinds, dtypes in (
-        (WHOLE, ("single", "few", "many"), ("float32", "bfloat16")),
-        (SHAPES[0], ("single", "few", "many"), ("float16",)),
-        (SHAPES[1], ("single", "few"), ("float16",)),
-        (SHAPES[2], ("single", "many"), ("float32",)),
+        (WHOLE, ("few", "many"), ("float32", "bfloat16")),
+        (SHAPES[0], ("few", "many"), ("float16",)),
+        (SHAPES[1], ("few",), ("float16",)),
+        (SHAPES[2], ("few", "many"), ("float32",)),
     )
     for n, m, width in [shape]
     for kind in kinds
@@ -65,6 +66,56 @@ def again(device: str) -> bool:
     return all(same)
 
 
+LAYERS = {"q": 300, "k": 70, "v": 1}  # outputs
+LAYER_RANKS = {"q": (1, 16, 0, 33, 70), "k": (40, 0, 5, 33, 1), "v": (0, 16, 3, 70, 17)}
+
+
+def together(device: str, dtype: torch.dtype = torch.float32) -> dict[str, float | bool]:
+    """Layers that read the same x, two or three at once, into columns of one tensor: bit for bit as alone."""
+    n, width = 300, 64
+    modules = {name: (n, m) for name, m in LAYERS.items()}
+    pool = PagePool(modules, pages=4000, width=width, slots=len(RANKS), dtype=dtype, device=device)
+    loras = {
+        name: [lora(r, n, m, dtype, r, device) if r else None for r in LAYER_RANKS[name]] for name, m in LAYERS.items()
+    }
+    for slot in range(len(RANKS)):
+        pool.add({name: own for name, each in loras.items() if (own := each[slot])})
+    found: dict[str, float | bool] = {"same bits": True, "error": 0.0}
+    for tiling in TILINGS.values():
+        batch = mixed(tiling)
+        plan = plan_batch(pool, batch, tiling=tiling)
+        x, all_before = (inputs(len(batch), columns, dtype, False, device) for columns in (n, sum(LAYERS.values())))
+        for names in (list(LAYERS), ["v", "q"]):
+            after, alone = all_before.clone(), all_before.clone()
+            parts, own, before = (
+                dict(zip(LAYERS, each.split(list(LAYERS.values()), 1), strict=True))
+                for each in (after, alone, all_before)
+            )
+            add_multi_lora([parts[name] for name in names], x, plan, names)
+            for name in names:
+                add_multi_lora(own[name], x, plan, name)
+                found["error"] = max(found["error"], error(parts[name], expected(before[name], x, batch, loras[name])))
+            found["same bits"] = found["same bits"] and torch.equal(after, alone)
+    return found
+
+
+def refusals(device: str) -> list[str]:
+    """What is said of batches for which a plan has no room."""
+    pool, _ = scattered_pool(64, 64, 64, RANKS, torch.float32, device)
+    plan = plan_batch(pool, [0, -1], tiling=FEW)
+    said = []
+    for use in (
+        lambda: replan(plan, [3, -1]),
+        lambda: replan(plan, [0, 1]),
+        lambda: plan_batch(pool, [3], tiling=FEW, largest_rank=32),
+    ):
+        try:
+            use()
+        except ValueError as refusal:
+            said.append(str(refusal))
+    return said
+
+
 def replanned(device: str) -> float:
     """A plan with room to spare, and the plan of another batch in its memory."""
     n, m, width = WHOLE
@@ -89,7 +140,7 @@ def captured(device: str) -> float:
     n, m, width = WHOLE
     pool, loras = scattered_pool(n, m, width, RANKS, torch.float32, device)
     x, y = (inputs(5, columns, torch.float32, False, device) for columns in (n, m))
-    plan = plan_batch(pool, (-1,) * 5, tiling=SINGLE, largest_rank=70)
+    plan = plan_batch(pool, (-1,) * 5, tiling=FEW, largest_rank=70)
     add_multi_lora(y, x, plan, "layer")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -107,5 +158,11 @@ if __name__ == "__main__":
     device = sys.argv[1]
     cases = {name: case(shape, dtype, TILINGS[kind], device) for name, (shape, dtype, kind) in CASES.items()}
     # The interpreter has but one order of programs.
-    others = {"again": device == "cpu" or again(device), "replanned": replanned(device), "captured": captured(device)}
+    others = {
+        "again": device == "cpu" or again(device),
+        "replanned": replanned(device),
+        "captured": captured(device),
+        "together": together(device),
+        "refusals": refusals(device),
+    }
     print(json.dumps({"cases": cases, "others": others}))

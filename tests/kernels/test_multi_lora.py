@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kernels import multi_lora
-from kernels.batch_plan import FEW, MANY, SINGLE, Tiling, plan_batch, replan
+from kernels.batch_plan import FEW, MANY, Tiling, cut_batch, plan_batch, replan
 from kernels.dispatch import interpreted, triton_is_there
 from kernels.multi_lora import add_multi_lora, multi_lora_reference
 from kernels.page_pool import Lora, PagePool
 from tests.kernels.adapters import DTYPES, expected, lora, scattered_pool
-from tests.kernels.interpreted_multi_lora import CASES, RANKS, SHAPES, WHOLE, again, case, mixed, replanned
+from tests.kernels.interpreted_multi_lora import CASES, RANKS, SHAPES, WHOLE, again, case, mixed, replanned, together
 from tests.kernels.own_process import printed
 from tests.kernels.packed import assert_close, error, inputs
 
@@ -23,11 +23,22 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10, "float64": 1
 
 
 def assert_report(report: dict[str, Any]) -> None:
-    assert len(report["cases"]) == len(CASES) == 13
+    assert len(report["cases"]) == len(CASES) == 9
     for name, found in report["cases"].items():
         assert_close(name, found, TOLERANCE)
     assert report["others"]["again"]
     assert max(report["others"]["replanned"], report["others"]["captured"]) < TOLERANCE["float32"]
+    assert report["others"]["together"]["same bits"] and report["others"]["together"]["error"] < TOLERANCE["float32"]
+    for said, message in zip(
+        report["others"]["refusals"],
+        (
+            "room for 1 blocks, 1 rows with an adapter and rank 16; the batch needs 3, 1 and 48",
+            "the batch needs 2, 2 and 16",
+            "room for 2 blocks, 1 rows with an adapter and rank 32; the batch needs 3, 1 and 48",
+        ),
+        strict=True,
+    ):
+        assert message in said
 
 
 @pytest.mark.skipif(not triton_is_there(), reason="Triton is not installed")
@@ -54,6 +65,12 @@ def test_on_cpu_without_the_interpreter_the_fast_path_agrees_with_float64(
 def test_the_fast_path_gives_the_same_again_and_in_a_plan_that_is_used_again() -> None:
     assert again("cpu")
     assert replanned("cpu") < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_together_give_bit_for_bit_what_they_give_alone(dtype: str) -> None:
+    found = together("cpu", getattr(torch, dtype))
+    assert found["same bits"] and found["error"] < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,27 +141,27 @@ def test_an_adapter_may_leave_and_another_come_between_two_batches() -> None:
     assert error(y, expected(torch.zeros(3, 70), x, batch, loras)) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("tiling", [SINGLE, FEW, MANY])
-def test_a_plan_names_each_row_once_and_cuts_no_more_than_there_is(tiling: Tiling) -> None:
+@pytest.mark.parametrize("tiling", [FEW, MANY])
+def test_a_batch_is_cut_into_blocks_that_name_each_row_and_rank_once(tiling: Tiling) -> None:
     pool, _ = scattered_pool(64, 64, 64, RANKS, torch.float32)
     batch = np.random.default_rng(1).integers(-1, len(RANKS), 300)
-    plan = plan_batch(pool, batch, tiling=tiling)
-    ranks = pool.host_largest[plan.tiles[:, 0]]
-    assert (np.diff(ranks) <= 0).all()  # the largest first
-    own = [plan.order[begin : begin + rows].tolist() for _, begin, rows, _ in plan.tiles.tolist()]
-    assert sorted(row for rows in own for row in rows) == np.flatnonzero(batch >= 0).tolist()
-    for rows, (slot, *_) in zip(own, plan.tiles.tolist(), strict=True):
-        assert 0 < len(rows) <= tiling.rows and set(batch[rows]) == {slot}
-    for slot, begin, rows, _ in plan.tiles.tolist():
-        firsts = plan.blocks[(plan.blocks[:, 0] == slot) & (plan.blocks[:, 1] == begin)]
-        assert firsts[:, 2].tolist() == [rows] * len(firsts)
-        assert firsts[:, 3].tolist() == list(range(0, int(pool.host_largest[slot]), tiling.shrink.ranks))
+    cut = cut_batch(pool, batch, tiling)
+    assert (np.diff(pool.host_largest[cut.blocks[:, 0]]) <= 0).all()  # the largest first
+    assert cut.width == 80
+    found = []
+    for slot, begin, rows, first_rank in cut.blocks.tolist():
+        own = cut.order[begin : begin + rows]
+        assert 0 < len(own) <= tiling.rows and set(batch[own]) == {slot}
+        last_rank = min(first_rank + tiling.shrink.ranks, pool.host_largest[slot])
+        found += [(row, rank) for row in own.tolist() for rank in range(first_rank, last_rank)]
+    expected = [(row, rank) for row in np.flatnonzero(batch >= 0) for rank in range(pool.host_largest[batch[row]])]
+    assert sorted(found) == expected
 
 
-def test_one_row_each_a_few_and_prompts_are_cut_differently() -> None:
+def test_few_rows_and_prompts_are_cut_differently() -> None:
     pool, _ = scattered_pool(64, 64, 64, [4] * 10, torch.float32)
-    for each, tiling in ((1, SINGLE), (4, FEW), (100, MANY)):
-        assert plan_batch(pool, np.repeat(np.arange(10), each)).tiling is tiling
+    for each, tiling in ((1, FEW), (31, FEW), (32, MANY)):
+        assert cut_batch(pool, np.repeat(np.arange(10), each)).tiling is tiling
 
 
 @pytest.mark.parametrize(
@@ -166,18 +183,10 @@ def test_adapters_that_are_not_there_are_refused(adapters: Any, message: str) ->
             use()
 
 
-def test_a_plan_takes_no_more_than_it_has_room_for() -> None:
+def test_a_plan_is_for_as_many_rows_as_it_was_made_for() -> None:
     pool, _ = scattered_pool(64, 64, 64, RANKS, torch.float32)
-    plan = plan_batch(pool, [0, -1], tiling=SINGLE)
-    for batch, message in (
-        ([0, 0, 0], "for 2 rows, not 3"),
-        ([3, -1], "room for 1 tiles, 1 blocks and rank 16; the batch needs 1, 3 and 48"),
-        ([0, 1], "the batch needs 2, 2 and 16"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            replan(plan, batch)
-    with pytest.raises(ValueError, match="rank 32; the batch needs"):
-        plan_batch(pool, [3], tiling=SINGLE, largest_rank=32)
+    with pytest.raises(ValueError, match="for 2 rows, not 3"):
+        replan(plan_batch(pool, [0, -1]), [0, 0, 0])
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed() -> None:
@@ -208,6 +217,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed() -> None:
     assert not y.any()
 
 
+def test_layers_together_are_as_many_as_their_tensors_which_share_nothing() -> None:
+    modules = {"q": (130, 70), "k": (130, 30), "o": (70, 130)}
+    pool = PagePool(modules, pages=100, width=64, slots=1, dtype=torch.float32, device="cpu")
+    pool.add({"q": lora(4, 130, 70, torch.float32, 0), "k": lora(4, 130, 30, torch.float32, 1)})
+    plan, x, wide = plan_batch(pool, [0, 0]), torch.randn(2, 130), torch.zeros(2, 110)
+    for ys, names, message in (
+        ([wide[:, :70]], ["q", "k"], "2 modules and 1 tensors"),
+        ([], [], "0 modules and 0 tensors"),
+        ([torch.zeros(2, 70) for _ in range(4)], ["q"] * 4, "up to 3"),
+        ([torch.zeros(2, 70), torch.zeros(2, 130)], ["q", "o"], r"x is \(2, 130\)"),
+        ([wide[:, :70], torch.zeros(2, 31)], ["q", "k"], r"y is \(2, 31\)"),
+        ([wide[:, :70], wide[:, 69:99]], ["q", "k"], "the same numbers"),
+        ([wide[:, 30:100], wide[:, :31].narrow(1, 1, 30)], ["q", "k"], "the same numbers"),
+        ([wide[:, :70], wide.view(-1)[80:140].view(2, 30)], ["q", "k"], "the same numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_multi_lora(ys, x, plan, names)
+    assert not wide.any()
+    add_multi_lora([wide[:, 30:100], wide[:, :30]], x, plan, ["q", "k"])
+    assert wide[:, :100].all() and not wide[:, 100:].any()
+
+
 def test_a_plan_ends_when_another_batch_is_planned_in_its_memory() -> None:
     pool, _ = scattered_pool(130, 70, 64, RANKS, torch.float32)
     x, y = torch.randn(2, 130), torch.zeros(2, 70)
@@ -234,10 +265,7 @@ def test_a_plan_dies_with_its_adapters_and_only_with_them() -> None:
     assert torch.equal(y, before)
 
 
-TENSORS = (
-    dict.fromkeys(("h", "scales"), "*fp32")
-    | dict.fromkeys(("table", "first", "offsets", "ranks", "order", "blocks", "tiles"), "*i32")
-)  # fmt: skip
+TENSORS = {"h": "*fp32"} | dict.fromkeys(("table", "directory", "order", "blocks"), "*i32")
 
 
 def compiled(kernel: Any, number: str, architecture: int, folder: Path, warps: int, **constants: int) -> str:
@@ -247,7 +275,7 @@ def compiled(kernel: Any, number: str, architecture: int, folder: Path, warps: i
     from triton.compiler import ASTSource
 
     names = list(kernel.arg_names)
-    tensors = TENSORS | dict.fromkeys(("x", "y", "storage"), f"*{number}")
+    tensors = TENSORS | dict.fromkeys(("x", "y_0", "y_1", "y_2", "storage"), f"*{number}")
     signature = {name: "constexpr" if name in constants else tensors.get(name, "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name] != "constexpr"}
@@ -258,13 +286,15 @@ def compiled(kernel: Any, number: str, architecture: int, folder: Path, warps: i
         return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
 
 
-def both(tiling: Tiling, number: str, architecture: int, folder: Path, early: bool, **ones: int) -> tuple[str, str]:
+def both(
+    tiling: Tiling, number: str, architecture: int, folder: Path, early: bool, modules: int = 1, **ones: int
+) -> tuple[str, str]:
     """PTX of shrinking and expanding."""
-    sizes = {"WIDTH": 1024, "ROWS": tiling.rows, "EARLY": early}
     shrink, expand = tiling.shrink, tiling.expand
+    sizes = {"MODULES": modules, "WIDTH": 1024, "ROWS": tiling.rows, "RANKS": shrink.ranks, "EARLY": early}
     wider = 2 if number == "fp32" else 1
     wide, middle, narrow = (each // wider for each in expand.columns)
-    own = {"RANKS": shrink.ranks, "COLUMNS": shrink.columns // wider, "STAGES": shrink.stages}
+    own = {"COLUMNS": shrink.columns // wider, "STAGES": shrink.stages}
     other = {"WIDE": wide, "MIDDLE": middle, "NARROW": narrow, "PARTS": 4, "ROUND": 4, "STAGES": expand.stages}
     known = {name: 1 for name in ones if name in multi_lora._shrink.arg_names}
     first = compiled(multi_lora._shrink, number, architecture, folder, shrink.warps, **sizes, **own, **known)
@@ -279,26 +309,30 @@ compiles = pytest.mark.skipif(
 
 
 @compiles
-@pytest.mark.parametrize("tiling", [SINGLE, FEW, MANY])
-def test_weights_are_read_sixteen_bytes_at_a_time_and_nothing_is_added_atomically(
-    tiling: Tiling, tmp_path: Path
+@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize("tiling", [FEW, MANY])
+def test_numbers_are_read_sixteen_bytes_at_a_time_and_nothing_is_added_atomically(
+    tiling: Tiling, modules: int, tmp_path: Path
 ) -> None:
-    for ptx in both(tiling, "bf16", 90, tmp_path, early=tiling is not MANY):
+    for ptx in both(tiling, "bf16", 90, tmp_path, tiling is FEW, modules):
         assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global .*, 0x10,", ptx)
-        assert ("mma" in ptx) == (tiling is not SINGLE)
-        assert ("griddepcontrol" in ptx) == (tiling is not MANY)
+        assert "mma" in ptx
+        assert ("griddepcontrol" in ptx) == (tiling is FEW)
         assert not re.search(r"\b(atom|red)\.", ptx)
+    assert "st.global.v4.b32" in ptx  # y
 
 
 @compiles
-@pytest.mark.parametrize(("number", "tiling"), [("fp16", SINGLE), ("fp16", MANY), ("fp32", FEW), ("fp32", MANY)])
+@pytest.mark.parametrize(("number", "tiling"), [("fp16", MANY), ("fp32", FEW), ("fp32", MANY)])
 def test_kernels_compile_for_other_dtypes_and_older_gpus(number: str, tiling: Tiling, tmp_path: Path) -> None:
     assert all("st.global" in ptx for ptx in both(tiling, number, 80, tmp_path, early=False))
 
 
 @compiles
-@pytest.mark.parametrize(("tiling", "ones"), [(SINGLE, ("n",)), (FEW, ("m", "n", "x_stride", "y_stride"))])
+@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize("ones", [("n",), ("m_0", "n", "x_stride", "y_stride_0")])
 def test_kernels_compile_where_a_count_is_one_and_becomes_a_constant(
-    tiling: Tiling, ones: tuple[str, ...], tmp_path: Path
+    ones: tuple[str, ...], modules: int, tmp_path: Path
 ) -> None:
-    assert all("st.global" in ptx for ptx in both(tiling, "bf16", 80, tmp_path, False, **dict.fromkeys(ones, 1)))
+    ptx = both(FEW, "bf16", 80, tmp_path, False, modules, **dict.fromkeys(ones, 1))
+    assert all("st.global" in each for each in ptx)

@@ -130,12 +130,20 @@ class Tenants(RuleBasedStateMachine):
     @invariant()
     def the_device_knows_what_the_host_knows(self) -> None:
         pool = self.pool
-        for there, host in ((pool.ranks, pool.host_ranks), (pool.offsets, pool.host_offsets)):
-            assert np.array_equal(there.numpy(), host)
-        for slot in self.adapters:
-            begin = int(pool.first[slot])
-            assert np.array_equal(pool.table[begin : begin + len(pool.pages(slot))].numpy(), pool.pages(slot))
-        assert not pool.ranks[:, [slot for slot in range(SLOTS) if slot not in self.adapters]].any()
+        start, ranks, scales, _ = pool.directory.unbind(2)
+        assert np.array_equal(ranks.numpy(), pool.host_ranks)
+        assert np.array_equal(
+            scales.contiguous().view(torch.float32).numpy()[:, list(self.adapters)],
+            pool.host_scales[:, list(self.adapters)],
+        )
+        for slot, adapter in self.adapters.items():
+            pages = pool.pages(slot)
+            for name, module in pool.modules.items():
+                begin, rows = int(start[module.index, slot]), adapter[name].rank if name in adapter else 0
+                offset = begin - int(pool.host_first[slot])
+                there = pool.table[begin : begin + rows * RANK_PAGES[name]].numpy()
+                assert np.array_equal(there, pages[offset : offset + len(there)])
+        assert not ranks[:, [slot for slot in range(SLOTS) if slot not in self.adapters]].any()
 
 
 TestAllocations = Allocations.TestCase
