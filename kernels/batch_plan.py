@@ -47,11 +47,13 @@ class Expanding:
         columns: of y, for adapters of up to 16 ranks, of up to 32, and of more, which take 64 ranks at a time.
         warps: of a program.
         stages: of loads that are under way.
+        turns: so many columns a program takes in turn, about: for it is long until it knows where its weights are.
     """
 
     columns: tuple[int, int, int]
     warps: int
     stages: int
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Tiling:
     expand: Expanding
 
 
-# For one row or a few of each adapter, and for prompts; as an H200 does best with.
-FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1))
-MANY = Tiling(64, Shrinking(32, 64, 0, warps=4, stages=4), Expanding((256, 256, 256), warps=8, stages=2))
+# For one row or a few of each adapter, as an H200 does best with, and for prompts.
+FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1, turns=1))
+MANY = Tiling(64, Shrinking(32, 64, 0, warps=4, stages=6), Expanding((128, 128, 128), warps=4, stages=1, turns=4))
 _FROM_MANY = 32  # rows of an adapter, on average
 
 
@@ -208,26 +210,26 @@ def checked_slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
     slots = slots.astype(np.int64)
     if len(slots) and not -1 <= slots.min() <= slots.max() < pool.slots:
         raise ValueError(f"Slots are −1 … {pool.slots - 1}, not {slots.min()} … {slots.max()}.")
-    for slot in set(slots.tolist()) - {-1}:
-        if slot not in pool.tenants:
-            raise ValueError(f"There is no adapter in slot {slot}.")
+    if empty := set(slots.tolist()) - pool.tenants - {-1}:
+        raise ValueError(f"There is no adapter in slot {min(empty)}.")
     return slots
 
 
 def cut_batch(pool: PagePool, slots: NDArray[np.int64], tiling: Tiling | None = None) -> Cut:
     """Sort rows by adapter, the largest rank first: what is left for the end is small. Cut them as `tiling` says."""
-    ranks = np.where(slots < 0, 0, pool.host_largest[slots]) if pool.slots else np.zeros(len(slots), np.int32)
+    ranks = pool.host_largest[slots] * (slots >= 0) if pool.slots else np.zeros(len(slots), np.int32)
     own = np.count_nonzero(ranks)
-    order = np.argsort(slots - ranks * np.int64(pool.slots + 1), kind="stable")[:own]
+    order = (slots - ranks * np.int64(pool.slots + 1)).argsort(kind="stable")[:own]
     if not own:
         return Cut(tiling or FEW, _UNCUT.blocks, order, 0)
     slots, ranks = slots[order], ranks[order]
-    ends = np.append(np.flatnonzero(slots[1:] != slots[:-1]) + 1, own)
-    counts = ends.copy()
-    counts[1:] -= ends[:-1]
-    tiling = tiling or (FEW if own < _FROM_MANY * len(ends) else MANY)
+    edges = np.flatnonzero(slots[1:] != slots[:-1])
+    bounds = np.zeros(len(edges) + 2, np.int64)
+    bounds[1:-1], bounds[-1] = edges + 1, own
+    counts = bounds[1:] - bounds[:-1]
+    tiling = tiling or (FEW if own < _FROM_MANY * len(counts) else MANY)
     group, at = pieces(counts, tiling.rows)
-    first = at + (ends - counts)[group]
+    first = at + bounds[group]
     tile, first_rank = pieces(ranks[first], tiling.shrink.ranks)
     first = first[tile]
     blocks = np.empty((len(first), 4), np.int64)

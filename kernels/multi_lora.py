@@ -29,7 +29,7 @@ from kernels.batch_plan import FEW, Adapters, BatchPlan, checked_slots, pieces
 from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 from kernels.page_pool import Module, PagePool
 
-_PROGRAMS = 256  # that keep a GPU busy
+_PROGRAMS = 128  # that keep a GPU busy
 _TOGETHER = 3  # layers in one launch
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,7 +129,9 @@ if triton_is_there():
             total = _product(inputs, weights.trans(), total)
         h += which.to(tl.int64) * h_module + part
         target = h + (begin + row).to(tl.int64)[:, None] * h_stride + j[None, :] * parts
-        tl.store(target, total * scale, mask=live[:, None] & there[None, :])
+        # Up to a multiple of 16 ranks there are zeros, so that h can be read sixteen bytes at a time.
+        wanted = live[:, None] & (j < tl.cdiv(rank, 16) * 16)[None, :]
+        tl.store(target, tl.where(there[None, :], total * scale, 0.0), mask=wanted)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _expand_columns(  # type: ignore[no-untyped-def]
@@ -171,7 +173,7 @@ if triton_is_there():
             for first_rank in tl.range(0, rank, RANKS, num_stages=STAGES):
                 j = first_rank + tl.arange(0, RANKS)
                 weights = _weights(storage, table, j, j < rank, pieces, start, WIDTH, COLUMNS)
-                there = live[:, None] & (j < rank)[None, :]
+                there = live[:, None] & (j < tl.cdiv(rank, 16) * 16)[None, :]
                 if EARLY:
                     tl.extra.cuda.gdc_wait()  # for h
                 if PARTS == 1:
@@ -375,7 +377,8 @@ def _launch(ys: Sequence[Tensor], x: Tensor, plan: BatchPlan, modules: Sequence[
         num_warps=shrink.warps,
     )
     wide, middle, narrow = (min(each // wider, most) for each in expand.columns)
-    _expand[(number * len(plan.blocks), triton.cdiv(max(module.outputs for module in modules), wide))](
+    largest = max(module.outputs for module in modules)
+    _expand[(number * len(plan.blocks), triton.cdiv(largest, wide * expand.turns))](
         *(ys[each] for each in filled),
         h,
         *weights,
