@@ -58,7 +58,7 @@ if triton_is_there():
         number = page[:, None] * WIDTH + (begin - piece * WIDTH + tl.arange(0, COLUMNS))[None, :]
         return tl.load(storage + number, mask=there[:, None], other=0.0)
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _own(which, first, second, third, MODULES: tl.constexpr):  # type: ignore[no-untyped-def]
         """What is the module's of which this program is."""
         if MODULES == 1:

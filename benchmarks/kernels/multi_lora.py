@@ -14,7 +14,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +128,7 @@ class Decoding:
         self.add(0)
         for name, y in self.ys.items():
             require_equal(y, multi_lora_reference(self.x, self.batch, self.pool, f"0 {name}"), f"decoding {name}")
-        return graph_seconds([lambda layer=layer: self.add(layer) for layer in range(self.layers)], repeats)
+        return graph_seconds([partial(self.add, layer) for layer in range(self.layers)], repeats)
 
 
 def decoding(ranks: Sequence[int], shapes: Shapes, tiling: Tiling | None = None) -> Decoding:
@@ -147,7 +149,7 @@ def loop_seconds(work: Decoding) -> float:
     loras = [
         [Lora(own["layer"].A.clone(), own["layer"].B.clone(), 2.0) for own in work.adapters] for _ in range(work.layers)
     ]
-    return graph_seconds([lambda each=each: loop(y, work.x, groups, each) for each in loras], 3)
+    return graph_seconds([partial(loop, y, work.x, groups, each) for each in loras], 3)
 
 
 def padded_seconds(work: Decoding, repeats: int) -> float:
@@ -170,7 +172,7 @@ def padded_seconds(work: Decoding, repeats: int) -> float:
     y.zero_()
     padded(*stacks[0])
     require_equal(y, multi_lora_reference(x, work.batch, work.pool, "0 layer"), "padded products")
-    return graph_seconds([lambda AB=AB: padded(*AB) for AB in stacks], repeats)
+    return graph_seconds([partial(padded, *stack) for stack in stacks], repeats)
 
 
 def peft_rows(work: Decoding, claim: str) -> list[Row]:
@@ -180,7 +182,7 @@ def peft_rows(work: Decoding, claim: str) -> list[Row]:
     except ImportError:
         print("peft's mixed batches are not measured: it is not installed")
         return []
-    model = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN, bias=False))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN, bias=False))
     for slot, own in enumerate(work.adapters):
         config = LoraConfig(r=own["layer"].rank, lora_alpha=2 * own["layer"].rank, target_modules=["0"])
         if slot:
@@ -220,9 +222,9 @@ def prompts(repeats: int, tiling: Tiling | None = None) -> dict[str, float]:
     loop(ys[1], xs[0], groups, loras)
     require_equal(ys[0], ys[1], "prompts")
     pairs = list(zip(ys, xs, strict=True)) * 2
-    found = {"ours": graph_seconds([lambda p=p: add_multi_lora(*p, plan, "0 layer") for p in pairs], repeats)}
+    found = {"ours": graph_seconds([partial(add_multi_lora, y, x, plan, "0 layer") for y, x in pairs], repeats)}
     if tiling is None:
-        found["loop"] = graph_seconds([lambda p=p: loop(*p, groups, loras) for p in pairs], repeats)
+        found["loop"] = graph_seconds([partial(loop, y, x, groups, loras) for y, x in pairs], repeats)
     tokens = PROMPT_TOKENS / len(PROMPT_RANKS)
     found["bytes"] = 3 * xs[0].numel() * 2.0 + sum(PROMPT_RANKS) * 2 * HIDDEN * 2
     found["operations"] = sum(PROMPT_RANKS) * tokens * HIDDEN * 4
