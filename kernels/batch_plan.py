@@ -74,7 +74,7 @@ class Tiling:
 
 # For one row or a few of each adapter, as an H200 does best with, and for prompts.
 FEW = Tiling(16, Shrinking(16, 256, 1024, warps=4, stages=4), Expanding((512, 256, 128), warps=4, stages=1, turns=1))
-MANY = Tiling(64, Shrinking(32, 64, 0, warps=4, stages=6), Expanding((128, 128, 128), warps=4, stages=1, turns=4))
+MANY = Tiling(64, Shrinking(32, 64, 0, warps=4, stages=6), Expanding((64, 64, 64), warps=4, stages=1, turns=8))
 _FROM_MANY = 32  # rows of an adapter, on average
 
 
