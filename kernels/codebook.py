@@ -3,9 +3,9 @@
 Source: Jie, Wang, Deng (ICCV 2023, arXiv 2307.16867), whose adapters keep for each number a code of b ∈ {1, 2, 4, 8}
 bits, the first in the low bits of the first byte, and for each matrix 2^b levels, w = levels[code]. With one bit,
 
-    W = low + (high − low)·bits        x·Wᵀ = (high − low)/2 · x·Sᵀ + (high + low)/2 · Σₖ xₖ,    S = 2·bits − 1 = ±1
+    W = low + (high − low)·bits        x·Wᵀ = (high − low)/2 · x·(2·bits)ᵀ + low · Σₖ xₖ
 
-so that on a GPU the tensor cores multiply by signs, made of bits two at a time (see `kernels.ternary`). Sums are
+so that on a GPU the tensor cores multiply by 0 and 2, made of bits two at a time (see `kernels.ternary`). Sums are
 float32.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.dispatch import triton_is_there
 from kernels.packed_bits import (
     PIECE,
+    TILES,
     Product,
     check_bits,
     check_product,
@@ -36,7 +37,7 @@ if triton_is_there():
     import triton
     import triton.language as tl
 
-    from kernels.packed_bits import as_paired, multiplied, paired, put, rotated, words
+    from kernels.packed_bits import as_inputs, as_weights, multiplied, places, put, run_of_words
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _look_up(content, levels, out, length, BITS: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -57,42 +58,37 @@ if triton_is_there():
         k,
         n,
         x_stride,
+        runs,
         size,
-        part,
         half,
-        middle,
+        low_level,
         ADD: tl.constexpr,
         WHOLE: tl.constexpr,
         ROWS: tl.constexpr,
-        WORDS: tl.constexpr,
         TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+        PARTS: tl.constexpr,
+        DIRECT: tl.constexpr,
     ):
-        rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tokens = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-        split = tl.program_id(2).to(tl.int64)
         sixteen: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
-        # −1 in both halves of a word; a bit that is 1 takes its sign away.
-        minus: tl.constexpr = 0xBC00BC00 if x.dtype.element_ty == tl.float16 else 0xBF80BF80
-        word = tl.arange(0, WORDS)
-        column = tl.arange(0, 32 * WORDS)
-        shift = ((tl.arange(0, 16) + 17) & 31).to(tl.uint64)[
-            None, None, :
-        ]  # the bits j and j + 16 to the signs' places
-        x += tokens[:, None] * x_stride
-        total = tl.zeros([ROWS, TOKENS], tl.float32)
-        sums = tl.zeros([TOKENS], tl.float32)
-        for begin in range(tl.program_id(2) * part, min(k, (tl.program_id(2) + 1) * part), 32 * WORDS):
-            first = begin + 32 * word
-            bit = rows[:, None] * k + first[None, :]
-            inside = (rows < m)[:, None] & (first < k)[None, :]
-            found = words(bits, bit, inside, size, WHOLE)
-            pairs = (rotated(found[:, :, None], shift) & 0x80008000) ^ minus
-            # Beyond the last column every weight is one of the next row's or −1; x is 0 there.
-            there = (tokens < n)[:, None] & (begin + column < k)[None, :]
-            inputs = tl.load(x + (begin + column)[None, :], mask=there, other=0.0)
-            total = multiplied(paired(pairs, sixteen), as_paired(inputs), total)
-            sums += tl.sum(inputs.to(tl.float32), 1)
-        put(y + split * n * m, total * half + sums[None, :] * middle, rows, tokens, m, n, ADD)
+        row, run = places(ROWS, PARTS)
+        total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+        # The tensor cores add up x, too: in all of 16 rows, as they have no fewer.
+        full = tl.full([64 * PARTS, WORDS], 0xFFFFFFFF, tl.uint32)
+        twos = as_weights(full, full, 0x4000, sixteen, 16, PARTS)
+        sums = tl.zeros([PARTS, 16, TOKENS], tl.float32)
+        for step in range(0, runs, 4 * PARTS):
+            found = run_of_words(bits, row, step + run, m, k, runs, size, WHOLE, WORDS)
+            # The bits 2q and 2q + 1 in the two halves of a word.
+            low = (found & 0x5555) | ((found & 0xAAAA) << 15)
+            high = ((found >> 16) & 0x5555) | ((found >> 1) & 0x55550000)
+            weights = as_weights(low, high, 0x4000, sixteen, ROWS, PARTS)
+            # Beyond the last column every weight is one of the next row's or 0; x is 0 there.
+            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE, DIRECT)
+            total = multiplied(weights, inputs, total)
+            sums = multiplied(twos, inputs, sums)
+        sum_of_x = tl.sum(tl.sum(sums, 0), 0) / 32
+        put(y, tl.sum(total, 0) * half + sum_of_x[None, :] * low_level, m, n, ADD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +146,7 @@ def decode_codes(codes: PackedCodes, levels: Tensor) -> Tensor:
     levels = levels.detach().to(codes.content.device).contiguous()
     out = torch.empty(codes.length, dtype=levels.dtype, device=levels.device)
     if on_triton(codes.content, levels.dtype):
-        _launch_look_up(codes, levels, out)
+        _launch_look_up(codes, 0, levels, out)
     else:
         _expand_codes(codes, 0, out, _table(levels, codes.bits))
     return out.view(codes.shape)
@@ -215,19 +211,24 @@ def _multiply_by(codes: PackedCodes, low: float, high: float, y: Tensor, x: Tens
     """y = x·Wᵀ, or y += x·Wᵀ; y is contiguous."""
     low, high = rounded([low, high], x.dtype)
     x, y = flattened(x), flattened(y)
+    if on_triton(codes.content, x.dtype) and len(x) <= TILES.most_tokens:
+        launch_product(_multiply, y, x, (codes.content,), ((high - low) / 2, low), add=add)
+        return
+    levels = x.new_tensor([low, high])
     if on_triton(codes.content, x.dtype):
-        launch_product(_multiply, y, x, (codes.content,), ((high - low) / 2, (high + low) / 2), add=add)
+        in_blocks(y, x, lambda first, out: _launch_look_up(codes, first, levels, out), add=add)
     else:
-        table = _table(x.new_tensor([low, high]), 1)
+        table = _table(levels, 1)
         in_blocks(y, x, lambda first, out: _expand_codes(codes, first, out, table), add=add)
 
 
-def _launch_look_up(codes: PackedCodes, levels: Tensor, out: Tensor) -> None:
-    if not codes.length:
+def _launch_look_up(codes: PackedCodes, first: int, levels: Tensor, out: Tensor) -> None:
+    """Fill `out` with the levels of as many elements, from the byte `first` on."""
+    if not len(out):
         return
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        _look_up[(triton.cdiv(codes.length, _DECODED),)](
-            codes.content, levels, out, codes.length, BITS=codes.bits, BYTES=_DECODED * codes.bits // 8
+        _look_up[(triton.cdiv(len(out), _DECODED),)](
+            codes.content[first:], levels, out, len(out), BITS=codes.bits, BYTES=_DECODED * codes.bits // 8
         )
 
 

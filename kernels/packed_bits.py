@@ -4,6 +4,7 @@ Bits lie in bytes, the first in the lowest (NumPy's `bitorder="little"`), row af
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from typing import Any
 
@@ -14,13 +15,59 @@ from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of numbers; others are computed by PyTorch alone
 PIECE = 1 << 15  # bytes of packed bits that PyTorch expands at a time: what comes of them stays in the cache
-_BLOCK_ELEMENTS = 1 << 20  # of a matrix that is expanded and multiplied at a time: fewer would cost calls
-# Of a product on a GPU: rows and words of columns that a program multiplies at a time, and the most tokens; how many
-# programs keep a GPU busy, and the fewest steps that are worth one.
-_ROWS, _WORDS, _TOKEN_BYTES = 128, 4, 128
-_PROGRAMS, _LEAST_STEPS = 256, 4
-_WARPS, _STAGES = 4, 3
+# Of a matrix that is expanded and multiplied at a time: fewer would cost calls, more would leave the cache.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 _WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a product on a GPU multiplies.
+
+    Args:
+        rows: of the matrix: a multiple of 16.
+        tokens: a multiple of 8. All of them are multiplied, whether they are there or not.
+        words: of 32 columns that a thread reads at a time: 1, 2 or 4. Where rows have no such words, it reads fewer.
+        warps: among which the columns are divided; fewer where there are fewer columns.
+        direct: whether a thread reads the inputs that it multiplies by itself, or together with others, through shared
+            memory: what is read is divided by the tokens, what it costs is not.
+    """
+
+    rows: int
+    tokens: int
+    words: int
+    warps: int
+    direct: bool
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """By how many tokens there are: each number of tokens has the first tile that is for so many.
+
+    One token costs least where many programs read a few rows each, as all its inputs are few bytes. Every program reads
+    all inputs, so that the more tokens there are, the more rows it should have. Where a matrix has too few rows for a
+    GPU to be busy, a tile has fewer, 16 at least. More tokens than all tiles are for are multiplied by PyTorch, by a
+    matrix that is made dense piece by piece: its bytes are written and read in the cache.
+
+    Args:
+        by_tokens: the most tokens, and their tile; in ascending order.
+        programs: that keep a GPU busy.
+    """
+
+    by_tokens: tuple[tuple[int, Tile], ...] = (
+        (2, Tile(rows=16, tokens=8, words=4, warps=8, direct=True)),
+        (8, Tile(rows=32, tokens=8, words=4, warps=8, direct=False)),
+        (64, Tile(rows=64, tokens=16, words=2, warps=8, direct=False)),
+    )
+    programs: int = 128
+
+    @property
+    def most_tokens(self) -> int:
+        """That a tile is for."""
+        return self.by_tokens[-1][0]
+
+
+TILES = Tiles()
 
 if triton_is_there():
     import triton
@@ -49,33 +96,84 @@ if triton_is_there():
             found |= (byte << (31 - shift)) << 1
         return found
 
-    @triton.jit
-    def rotated(word, by):  # type: ignore[no-untyped-def]
-        """`word` (uint32) rotated to the right by 0 … 31 bits: so written, it becomes one instruction (SHF.R.U64)."""
-        twice = word.to(tl.uint64) | (word.to(tl.uint64) << 32)
-        return (twice >> by).to(tl.uint32)
+    @triton.jit  # type: ignore[untyped-decorator]
+    def places(ROWS: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Rows of this program, and runs of words in them, of the first step: both [ROWS/8 · PARTS · 8 · 4, 1].
+
+        Four threads share a row of the tensor cores' operands, eight times four are a warp, and PARTS warps have
+        columns of their own. So each thread reads the words whose bits it multiplies by, and none passes on any.
+        """
+        place = tl.arange(0, ROWS * PARTS * 4)[:, None]
+        row = place // (32 * PARTS) * 8 + place // 4 % 8
+        return tl.program_id(0).to(tl.int64) * ROWS + row, place // 32 % PARTS * 4 + place % 4
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def paired(pairs, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Numbers of 16 bits from words [M, W, 16] that hold two each: [M, 32·W], for a product with `as_paired`.
+    def run_of_words(mask, row, run, m, k, runs, size, WHOLE: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The words […, WORDS] (uint32) of a mask in these rows and runs; 0 beyond the last row or column."""
+        inside = (row < m) & (run < runs)
+        if WHOLE:
+            word = (row * runs + run) * WORDS + tl.arange(0, WORDS)[None, :]
+            found = tl.load(mask.to(tl.pointer_type(tl.uint32)) + word, mask=inside, other=0)
+        else:
+            found = words(mask, row * k + 32 * run, inside, size, WHOLE)
+        return found
 
-        In which order a product sums does not matter. This one gives each of the four threads that share a row in the
-        tensor cores' layout a word of its own, so that by how much it is shifted is known when the kernel is compiled.
+    @triton.jit  # type: ignore[untyped-decorator]
+    def as_weights(low, high, bits: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Weights [PARTS, ROWS, 128·WORDS] of 16 bits, of all `places`' words, [ROWS/8 · PARTS · 32, WORDS].
+
+        The two halves of `low` have what belongs to the columns 2q and 2q + 1 of 32, for q = 0 … 7, those of `high` to
+        16 + 2q and 17 + 2q. A shift to the left by 14 − 2q brings it to the `bits` of a weight that are not always 0.
+
+        In which order a product sums does not matter: this one, also that of `as_inputs`, is such that every thread has
+        all its weights and inputs where the tensor cores want them.
         """
-        low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-        high = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
-        fours = tl.join(low, high).reshape(pairs.shape[0], pairs.shape[1] // 4, 4, 16, 2)
-        return fours.permute(0, 1, 3, 2, 4).reshape(pairs.shape[0], pairs.shape[1] * 32)
+        count: tl.constexpr = low.shape[1]
+        shift = (14 - 2 * tl.arange(0, 8)).to(tl.uint32)[None, None, None, :]
+        pairs = (tl.join(low, high)[:, :, :, None] << shift) & (bits | bits << 16)
+        pairs = pairs.reshape(ROWS // 8, PARTS, 8, 4, count, 4, 2, 2).permute(1, 0, 2, 4, 5, 7, 3, 6)
+        left = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+        right = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        return tl.join(left, right).reshape(PARTS, ROWS, count * 128)
 
-    @triton.jit
-    def as_paired(x):  # type: ignore[no-untyped-def]
-        """x [N, 32·W] as [32·W, N], its columns where `paired` has them if word j of 16 holds bits j and j + 16."""
-        fours = x.reshape(x.shape[0], x.shape[1] // 128, 4, 2, 16)
-        return fours.permute(0, 1, 4, 2, 3).reshape(x.shape[0], x.shape[1]).trans()
+    @triton.jit  # type: ignore[untyped-decorator]
+    def as_inputs(  # type: ignore[no-untyped-def]
+        x,
+        step,
+        k,
+        n,
+        x_stride,
+        TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+        PARTS: tl.constexpr,
+        WHOLE: tl.constexpr,
+        DIRECT: tl.constexpr,
+    ):
+        """x [PARTS, 128·WORDS, TOKENS] of the runs from `step` on: the columns in the order of `as_weights`."""
+        eights: tl.constexpr = 4 * WORDS  # of columns, in a run of words
+        place = tl.arange(0, TOKENS * PARTS * 4 * eights)[:, None]
+        if DIRECT:
+            token = place // 4 % 8
+            eight = (place // 32 % PARTS * 4 + place % 4) * eights + place // (32 * PARTS) % eights
+        else:
+            token = place % 8
+            eight = place // 8 % (4 * PARTS * eights)
+        token += place // (32 * PARTS * eights) * 8
+        token += tl.program_id(1).to(tl.int64) * TOKENS
+        first = 8 * (step * eights + eight)
+        column = first + tl.arange(0, 8)[None, :]
+        # Where rows are whole words, eight columns lie all in a row or all beyond it.
+        inside = (token < n) & ((first if WHOLE else column) < k)
+        found = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
+        if DIRECT:
+            found = found.reshape(TOKENS // 8, eights, PARTS, 8, 4, 2, 2, 2).permute(2, 1, 6, 4, 5, 7, 0, 3)
+        else:
+            found = found.reshape(TOKENS // 8, PARTS, 4, eights, 8, 2, 2, 2).permute(1, 3, 6, 2, 5, 7, 0, 4)
+        return found.reshape(PARTS, 32 * eights, TOKENS)
 
     @triton.jit
     def multiplied(weights, x, total):  # type: ignore[no-untyped-def]
-        """total [M, N] + weights [M, K] · x [K, N], to the precision of float32.
+        """total [B, M, N] + weights [B, M, K] · x [B, K, N], to the precision of float32.
 
         The weights are small integers in 16 bits, hence exact. x in float32 is three bfloat16 numbers one after the
         other (8 bits each), so that its 24 bits, too, go through the tensor cores.
@@ -99,10 +197,11 @@ if triton_is_there():
         return tl.dot(weights, x, total)
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def put(y, result, rows, tokens, m, n, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
-        """y[token, row] = (or +=) result [rows, tokens], where there is such a row and token; y is [n, m]."""
-        place = tokens[None, :] * m + rows[:, None]
-        there = (rows < m)[:, None] & (tokens < n)[None, :]
+    def put(y, result, m, n, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
+        """y[token, row] = (or +=) result [ROWS, TOKENS] of this program, where there is such a row and token."""
+        row = tl.program_id(0).to(tl.int64) * result.shape[0] + tl.arange(0, result.shape[0])[:, None]
+        token = tl.program_id(1).to(tl.int64) * result.shape[1] + tl.arange(0, result.shape[1])[None, :]
+        place, there = token * m + row, (row < m) & (token < n)
         if ADD:
             result += tl.load(y + place, mask=there, other=0.0).to(tl.float32)
         tl.store(y + place, result.to(y.dtype.element_ty), mask=there)
@@ -193,7 +292,7 @@ def in_blocks(y: Tensor, x: Tensor, fill: Callable[[int, Tensor], None], *, add:
         add: whether to add to y.
     """
     m, k = y.shape[1], x.shape[1]
-    each = max(_BLOCK_ELEMENTS // max(k, 1) // 8, 1) * 8
+    each = max(_BLOCK_ELEMENTS[y.device.type] // max(k, 1) // 8, 1) * 8
     block = x.new_empty(min(each, m), k)
     for begin in range(0, m, each):
         W = block[: m - begin]
@@ -248,14 +347,11 @@ def launch_product(
 ) -> None:
     """Launch `kernel` for y [n, m] = (or +=) x [n, k] times a packed matrix.
 
-    Where rows and tokens alone make too few programs for a GPU, the columns are divided among several, whose sums are
-    added afterwards, always in the same order: what comes out does not depend on which program ends first.
-
     Args:
-        kernel: takes x, the bits, y, m, k, n, x's stride, bytes of the bits, columns of a part, the numbers; ADD,
-            WHOLE, ROWS, WORDS and TOKENS.
+        kernel: takes x, the bits, y, m, k, n, x's stride, runs of words in a row, bytes of the bits, the numbers; ADD,
+            WHOLE, and those of a `Tile`.
         y: contiguous.
-        x: of any strides.
+        x: of any strides; at most `TILES.most_tokens` tokens.
         bits: masks of one length.
         numbers: for the kernel.
         add: whether to add to y.
@@ -269,34 +365,48 @@ def launch_product(
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    tokens = min(max(triton.next_power_of_2(n), 16), _TOKEN_BYTES // x.element_size())
-    programs = triton.cdiv(m, _ROWS) * triton.cdiv(n, tokens)
-    steps = triton.cdiv(k, 32 * _WORDS)
-    parts = max(min(_PROGRAMS // programs, steps // _LEAST_STEPS), 1)
-    part = triton.cdiv(steps, parts) * 32 * _WORDS
-    parts = triton.cdiv(k, part)
-    target = y if parts == 1 else torch.empty(parts, n, m, dtype=torch.float32, device=y.device)
+    whole = as_words(k, *bits)
+    # Inputs of 32 bits are three of 16 to the tensor cores, and a thread has no room for many.
+    tile = tile_of(m, k, n, most_words=4 if whole and x.element_size() == 2 else 1)
     # A kernel is launched on the current device, whatever its arguments are on.
     with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
-        kernel[(triton.cdiv(m, _ROWS), triton.cdiv(n, tokens), parts)](
+        kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.tokens))](
             x,
             *bits,
-            target,
+            y,
             m,
             k,
             n,
             x.stride(0),
+            triton.cdiv(k, 32 * tile.words),
             len(bits[0]),
-            part,
             *numbers,
-            ADD=add and parts == 1,
-            WHOLE=as_words(k, *bits),
-            ROWS=_ROWS,
-            WORDS=_WORDS,
-            TOKENS=tokens,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            ADD=add,
+            WHOLE=whole,
+            ROWS=tile.rows,
+            TOKENS=tile.tokens,
+            WORDS=tile.words,
+            PARTS=tile.warps,
+            DIRECT=tile.direct,
+            num_warps=tile.warps,
+            num_stages=1,  # threads read for themselves; how many there are hides how long that takes
         )
-    if parts > 1:
-        total = target.sum(0)
-        y.copy_(total + y if add else total)
+
+
+def tile_of(m: int, k: int, n: int, most_words: int) -> Tile:
+    """The tile for n tokens and a matrix [m, k]: of `TILES`, smaller where m or k do not fill it.
+
+    Args:
+        m: rows.
+        k: columns.
+        n: tokens, at most `TILES.most_tokens`.
+        most_words: that a thread may read at a time.
+    """
+    tile = next(tile for most, tile in TILES.by_tokens if n <= most)
+    rows, words = tile.rows, min(tile.words, most_words)
+    while rows > 16 and -(-m // rows) * -(-n // tile.tokens) < TILES.programs:
+        rows //= 2
+    while words > 1 and k % (32 * words):
+        words //= 2
+    warps = min(tile.warps, 1 << (-(-k // (128 * words)) - 1).bit_length())
+    return replace(tile, rows=rows, words=words, warps=warps)

@@ -7,9 +7,10 @@ is −1 (P = nonzero & ¬negative, N = negative), the first element in the lowes
     W = s·(P − N) ∈ ℝ^{m×k}          y = x·Wᵀ          y ← y + x·Wᵀ
 
 Two bits a weight are read where bfloat16 has sixteen. On a GPU few tokens cost what their weights take to be read, so
-the product is written for that: numbers are made of bits two at a time, in registers. 2.0 is a single bit in bfloat16
-and in float16, the one below the sign; so two rotations bring nonzero and negative of the bits j and j + 16 of a word
-to where both numbers have them, and the tensor cores multiply by 2·γ. All sums are float32.
+the product is written for that: numbers are made of bits two at a time, in the registers of the thread that has read
+them, which are also those that the tensor cores read. 2.0 is a single bit in bfloat16 and in float16, the one below the
+sign; so one shift brings nonzero and negative of two elements to where two numbers have them, and the tensor cores
+multiply by 2·γ. All sums are float32. Many tokens are multiplied by a W that is made dense a few rows at a time.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from kernels.dispatch import triton_is_there
 from kernels.packed_bits import (
     PIECE,
+    TILES,
     Product,
     as_words,
     check_bits,
@@ -40,7 +42,7 @@ if triton_is_there():
     import triton
     import triton.language as tl
 
-    from kernels.packed_bits import as_paired, multiplied, paired, put, rotated, words
+    from kernels.packed_bits import as_inputs, as_weights, multiplied, places, put, run_of_words, words
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _expand(  # type: ignore[no-untyped-def]
@@ -78,40 +80,32 @@ if triton_is_there():
         k,
         n,
         x_stride,
+        runs,
         size,
-        part,
         scale,
         ADD: tl.constexpr,
         WHOLE: tl.constexpr,
         ROWS: tl.constexpr,
-        WORDS: tl.constexpr,
         TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+        PARTS: tl.constexpr,
+        DIRECT: tl.constexpr,
     ):
-        rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tokens = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-        split = tl.program_id(2).to(tl.int64)
         sixteen: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
-        word = tl.arange(0, WORDS)
-        column = tl.arange(0, 32 * WORDS)
-        shift = ((2 * tl.arange(0, 8) + 18) & 31).to(tl.uint64)[None, None, :, None]
-        x += tokens[:, None] * x_stride
-        total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for begin in range(tl.program_id(2) * part, min(k, (tl.program_id(2) + 1) * part), 32 * WORDS):
-            first = begin + 32 * word
-            bit = rows[:, None] * k + first[None, :]
-            inside = (rows < m)[:, None] & (first < k)[None, :]
-            kept = words(nonzero, bit, inside, size, WHOLE)
-            signs = words(negative, bit, inside, size, WHOLE)
-            # Each element's two bits side by side; then, of the elements j and j + 16, where two numbers have theirs.
+        row, run = places(ROWS, PARTS)
+        total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+        for step in range(0, runs, 4 * PARTS):
+            kept = run_of_words(nonzero, row, step + run, m, k, runs, size, WHOLE, WORDS)
+            signs = run_of_words(negative, row, step + run, m, k, runs, size, WHOLE, WORDS)
+            # Each element's two bits side by side; then, of the elements 2q and 2q + 1, in the two halves of a word.
             even = (kept & 0x55555555) | ((signs << 1) & 0xAAAAAAAA)
             odd = ((kept >> 1) & 0x55555555) | (signs & 0xAAAAAAAA)
-            pairs = rotated(tl.join(even, odd)[:, :, None, :], shift) & 0xC000C000
+            low, high = (even & 0xFFFF) | (odd << 16), (even >> 16) | (odd & 0xFFFF0000)
+            weights = as_weights(low, high, 0xC000, sixteen, ROWS, PARTS)
             # Beyond the last column lie bits of the next row; x is 0 there.
-            there = (tokens < n)[:, None] & (begin + column < k)[None, :]
-            inputs = tl.load(x + (begin + column)[None, :], mask=there, other=0.0)
-            weights = paired(pairs.reshape(ROWS, WORDS, 16), sixteen)
-            total = multiplied(weights, as_paired(inputs), total)
-        put(y + split * n * m, total * (scale / 2), rows, tokens, m, n, ADD)
+            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE, DIRECT)
+            total = multiplied(weights, inputs, total)
+        put(y, tl.sum(total, 0) * (scale / 2), m, n, ADD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +186,7 @@ def decode_ternary(
     levels = rounded([start - scale, start, start + scale], dtype)
     out = torch.empty(ternary.length, dtype=dtype, device=ternary.device)
     if on_triton(ternary.nonzero, dtype):
-        _launch_expand(ternary, out, levels, add=False)
+        _launch_expand(ternary, 0, out, levels, add=False)
     else:
         _expand_bits(ternary, 0, out, _table(out, levels))
     return out.view(ternary.shape)
@@ -218,7 +212,7 @@ def add_ternary(tensor: Tensor, ternary: TernaryTensor, scale: float) -> None:
     rounded([scale], tensor.dtype)  # refuses what the dtype cannot hold; what is added is the scale itself
     flat = tensor.detach().view(-1)
     if on_triton(ternary.nonzero, tensor.dtype):
-        _launch_expand(ternary, flat, [-scale, 0.0, scale], add=True)
+        _launch_expand(ternary, 0, flat, [-scale, 0.0, scale], add=True)
         return
     piece = torch.empty(min(8 * PIECE, len(flat)), dtype=tensor.dtype, device=tensor.device)
     table = _table(piece, [-1.0, 0.0, 1.0])
@@ -237,8 +231,8 @@ def apply_ternary_reference(x: Tensor, ternary: TernaryTensor, scale: float) -> 
 def apply_ternary(x: Tensor, ternary: TernaryTensor, scale: float) -> Tensor:
     """y = x·Wᵀ for W = s·γ, as if W were in the dtype of x; a gradient flows to x.
 
-    On a GPU nothing is made dense: the masks are read once for every 16 to 64 tokens. Elsewhere a few rows at a time
-    are, and stay in the cache.
+    On a GPU up to 64 tokens are multiplied without anything made dense. Otherwise a few rows at a time are, and stay in
+    the cache.
 
     Args:
         x: [..., k], on γ's device. On a GPU finite float32, bfloat16 and float16 are multiplied by a kernel.
@@ -282,22 +276,25 @@ def _multiply_by(ternary: TernaryTensor, scale: float, y: Tensor, x: Tensor, *, 
     """y = x·Wᵀ, or y += x·Wᵀ; y is contiguous."""
     (s,) = rounded([scale], x.dtype)
     x, y = flattened(x), flattened(y)
-    if on_triton(ternary.nonzero, x.dtype):
-        launch_product(_multiply, y, x, (ternary.nonzero, ternary.negative), (s,), add=add)
-    else:
+    if not on_triton(ternary.nonzero, x.dtype):
         table = _table(x, [-s, 0.0, s])
         in_blocks(y, x, lambda first, out: _expand_bits(ternary, first, out, table), add=add)
+    elif len(x) > TILES.most_tokens:
+        in_blocks(y, x, lambda first, out: _launch_expand(ternary, first, out, [-s, 0.0, s], add=False), add=add)
+    else:
+        launch_product(_multiply, y, x, (ternary.nonzero, ternary.negative), (s,), add=add)
 
 
-def _launch_expand(ternary: TernaryTensor, out: Tensor, levels: Sequence[float], *, add: bool) -> None:
-    masks = ternary.nonzero, ternary.negative
-    if not ternary.length:
+def _launch_expand(ternary: TernaryTensor, first: int, out: Tensor, levels: Sequence[float], *, add: bool) -> None:
+    """Fill `out` with the levels of as many elements, from the byte `first` on; or add them."""
+    masks = ternary.nonzero[first:], ternary.negative[first:]
+    if not len(out):
         return
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        _expand[(triton.cdiv(ternary.length, 32 * _DECODED),)](
+        _expand[(triton.cdiv(len(out), 32 * _DECODED),)](
             *masks,
             out,
-            ternary.length,
+            len(out),
             len(masks[0]),
             *levels,
             ADD=add,

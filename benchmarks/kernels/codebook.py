@@ -20,6 +20,7 @@ from kernels.codebook import (
     decode_codes,
     decode_codes_reference,
 )
+from kernels.packed_bits import Tiles
 
 REPEATS = 9
 LOW, HIGH = -0.0234375, 0.03125  # bfloat16 has both
@@ -52,6 +53,10 @@ def on_cpu() -> list[Row]:
 
 def on_gpu(ceilings: Ceilings) -> list[Row]:
     return packed.gpu_rows("1-bit", matrix, ceilings, REPEATS)
+
+
+def sweep(ceilings: Ceilings) -> Tiles:
+    return packed.sweep("1-bit", matrix, REPEATS)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ the cache, in a CUDA graph, as launching by itself takes longer than the work. R
 ends the benchmark.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,11 +17,20 @@ from torch.nn import functional
 
 from benchmarks.kernels.measuring import Ceilings, graph_seconds, processor_seconds, require_equal
 from benchmarks.results_file import Row
+from kernels import packed_bits
+from kernels.packed_bits import Tile, Tiles
 
 CPU_SHAPE, CPU_TOKENS = (4096, 4096), (1, 8, 64)
 GPU_SHAPES = {"Llama 8B's attention": (4096, 4096), "Llama 8B's MLP": (14336, 4096), "Llama 70B's MLP": (28672, 8192)}
 GPU_TOKENS = (1, 4, 16)
 UNCACHED = 512 << 20  # bytes that are gone through before one comes again; the largest L2 caches have 128 MB
+SWEPT, SWEEP_SECONDS = 200 << 20, 25.0  # bytes as above, of fewer matrices; what does not begin by then is not tried
+# Most tokens of a tile, with how many it is tried, and the tiles: rows, tokens, words, warps, direct.
+CANDIDATES = {
+    (2, 1): ((16, 8, 4, 8, True), (16, 8, 4, 8, False), (16, 8, 4, 4, True), (16, 8, 2, 8, True), (32, 8, 4, 8, False)),
+    (64, 16): ((64, 16, 2, 8, False), (64, 16, 2, 8, True), (32, 16, 2, 8, False), (32, 16, 4, 8, True)),
+    (8, 4): ((32, 8, 4, 8, False), (16, 8, 4, 8, False), (16, 8, 4, 8, True), (32, 8, 4, 8, True)),
+}
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 Decode = Callable[[torch.dtype], Tensor]
@@ -114,3 +125,39 @@ def gpu_rows(kind: str, make: Make, ceilings: Ceilings, repeats: int) -> list[Ro
             rows.append(Row(claim, moved / seconds / 1e9, copying, "copying on the device", "GB/s", 0.8))
         del packed, few, dense
     return rows
+
+
+def sweep(kind: str, make: Make, repeats: int) -> Tiles:
+    """The fastest of the candidates' tiles for each number of tokens: printed as they are tried, and returned."""
+    found = candidates_seconds(kind, make, repeats)
+    return Tiles(tuple(sorted((most, min(tiles, key=tiles.__getitem__)) for most, tiles in found.items() if tiles)))
+
+
+def candidates_seconds(kind: str, make: Make, repeats: int) -> Mapping[int, Mapping[Tile, float]]:
+    """By the most tokens of a tile: the geometric mean of each candidate's seconds for the GPU's shapes."""
+    deadline, own = time.monotonic() + SWEEP_SECONDS, packed_bits.TILES
+    packed = {}
+    for shape in GPU_SHAPES.values():
+        first = make(shape, 0, "cuda")
+        packed[shape] = [first, *(make(shape, seed, "cuda") for seed in range(1, -(-SWEPT // first.size)))]
+    found: dict[int, dict[Tile, float]] = {}
+    try:
+        for (most, tokens), candidates in CANDIDATES.items():
+            found[most] = {}
+            for tile in (Tile(*candidate) for candidate in candidates):
+                if time.monotonic() > deadline:
+                    break
+                packed_bits.TILES = Tiles(((packed_bits.TILES.most_tokens, tile),))
+                seconds = [_seconds(each, tokens, shape[1], repeats) for shape, each in packed.items()]
+                found[most][tile] = prod(seconds) ** (1 / len(seconds))
+                took = "  ".join(f"{m}×{k} {1e6 * each:7.2f} µs" for (m, k), each in zip(packed, seconds, strict=True))
+                print(f"{kind}, {tokens:2} tokens, {astuple(tile)}: {took}", flush=True)
+    finally:
+        packed_bits.TILES = own
+    return found
+
+
+def _seconds(packed: list[Packed], tokens: int, columns: int, repeats: int) -> float:
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    require_equal(packed[0].apply(x), functional.linear(x, packed[0].decode(torch.bfloat16)), "a tile")
+    return graph_seconds([lambda each=each: each.apply(x) for each in packed], repeats)

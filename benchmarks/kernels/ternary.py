@@ -13,6 +13,7 @@ from benchmarks.kernels import packed
 from benchmarks.kernels.measuring import Ceilings
 from benchmarks.kernels.one import measure
 from benchmarks.results_file import Row
+from kernels.packed_bits import Tiles
 from kernels.ternary import (
     TernaryTensor,
     apply_ternary,
@@ -61,6 +62,10 @@ def on_cpu() -> list[Row]:
 
 def on_gpu(ceilings: Ceilings) -> list[Row]:
     return packed.gpu_rows("ternary", matrix, ceilings, REPEATS)
+
+
+def sweep(ceilings: Ceilings) -> Tiles:
+    return packed.sweep("ternary", matrix, REPEATS)
 
 
 if __name__ == "__main__":
