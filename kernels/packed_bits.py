@@ -16,7 +16,7 @@ from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of numbers; others are computed by PyTorch alone
 PIECE = 1 << 15  # bytes of packed bits that PyTorch expands at a time: what comes of them stays in the cache
 # Of a matrix that is expanded and multiplied at a time: fewer would cost calls, more would leave the cache.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+_BLOCK_ELEMENTS, _CUDA_BLOCK_ELEMENTS = 1 << 20, 1 << 24
 _WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
 
 
@@ -292,7 +292,8 @@ def in_blocks(y: Tensor, x: Tensor, fill: Callable[[int, Tensor], None], *, add:
         add: whether to add to y.
     """
     m, k = y.shape[1], x.shape[1]
-    each = max(_BLOCK_ELEMENTS[y.device.type] // max(k, 1) // 8, 1) * 8
+    elements = _CUDA_BLOCK_ELEMENTS if y.is_cuda else _BLOCK_ELEMENTS
+    each = max(elements // max(k, 1) // 8, 1) * 8
     block = x.new_empty(min(each, m), k)
     for begin in range(0, m, each):
         W = block[: m - begin]

@@ -40,6 +40,13 @@ def case(shape: tuple[int, int], name: str, device: str) -> dict[str, float | bo
     return found
 
 
+def many_tokens(device: str) -> float:
+    """More tokens than the kernel takes."""
+    packed, exact = codes((40, 96), 1, 0, device)
+    x = inputs(150, 96, torch.float32, False, device)
+    return error(apply_binary(x, packed, LOW, HIGH), x.double() @ (LOW + (HIGH - LOW) * exact.double()).T)
+
+
 def gradient(device: str) -> float:
     packed, exact = codes((7, 13), 1, 0, device)
     x = inputs(3, 13, torch.float32, False, device).requires_grad_()
@@ -51,4 +58,4 @@ def gradient(device: str) -> float:
 if __name__ == "__main__":
     device = sys.argv[1]
     cases = {f"{m}x{k} {dtype}": case((m, k), dtype, device) for m, k in SHAPES for dtype in DTYPES}
-    print(json.dumps({"cases": cases, "others": {"gradient": gradient(device)}}))
+    print(json.dumps({"cases": cases, "others": {"many tokens": many_tokens(device), "gradient": gradient(device)}}))

@@ -37,7 +37,7 @@ def case(shape: tuple[int, int], name: str, device: str) -> dict[str, float | bo
 
 
 def many_tokens(device: str) -> float:
-    """More tokens than a program takes, in three dimensions."""
+    """More tokens than the kernel takes, in three dimensions."""
     gamma, exact = ternary((40, 96), 0.05, 0, device)
     x = inputs(150, 96, torch.float32, False, device).view(3, 50, 96)
     return error(apply_ternary(x, gamma, 0.5), 0.5 * (x.double() @ exact.T))

@@ -9,9 +9,9 @@ from torch import Tensor
 from kernels.codebook import PackedCodes
 from kernels.ternary import TernaryTensor
 
-# Rows that begin with a word, with a byte, within one; fewer and more rows than a program takes; one and several steps
-# of columns; so many columns that they are divided among programs; nothing.
-SHAPES = ((1, 1), (3, 5), (8, 32), (130, 64), (33, 104), (129, 257), (5, 2080), (0, 4), (4, 0))
+# Rows of one word, of two, of four at a time, that begin with a byte, within one; fewer and more rows than a program
+# takes; one and several warps and steps of columns; nothing.
+SHAPES = ((1, 1), (3, 5), (8, 32), (130, 64), (17, 1536), (33, 104), (129, 257), (5, 2080), (0, 4), (4, 0))
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -20,7 +20,7 @@ from tests.kernels.own_process import printed
 from tests.kernels.packed import DTYPES, SHAPES, assert_close, inputs, ternary
 
 # Of the largest number; products in 16 bits are rounded once or twice, by the interpreter towards 0 in bfloat16. On a
-# GPU sums of 2080 numbers in float32 were 1.1e-6 off: tensor cores add in another order, and do not round as a sum does.
+# GPU sums of 2080 numbers in float32 were 1.1e-6 off: tensor cores add in another order, and round otherwise.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-6, "float16": 2**-9, "float64": 1e-14}
 
 
