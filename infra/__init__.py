@@ -1,1 +1,1 @@
-"""Ground floor: settings, errors, engines and clients, local services. Imports nothing of the project."""
+"""Ground floor: settings, errors, clients, local services, one statistical test. Imports nothing of the project."""

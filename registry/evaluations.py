@@ -27,7 +27,7 @@ class Details(TypedDict, total=False):
         stderr: standard error.
         dataset_fingerprint: of the items; only numbers on the same items are ever compared.
         outcomes: 0 or 1 for each item, in the items' order; a paired test needs them.
-        scores: a number for each item, whose mean is the value; a paired bootstrap needs them.
+        scores: a number for each item, whose mean is the value; a paired test needs them.
         components: for each item, numbers that a value which is no mean is computed from.
         flow_run_id: the flow run that measured it.
     """

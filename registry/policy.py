@@ -31,10 +31,10 @@ class SuitePolicy(Section):
     - `max_regression` caps the measured loss: pass if (holder − candidate) ≤ max_regression, with the sign turned where
       lower is better. It asks for "not worse", by the numbers as they were measured.
     - `regression_significance` α, if given, makes a test of that: fail only if the loss is *significantly* above
-      max_regression, p ≤ α in a one-sided paired bootstrap of the items' scores or outcomes. Equal versions then pass
+      max_regression, p ≤ α in a one-sided sign-flip test of the items' scores or outcomes. Equal versions then pass
       with probability of about 1 − α; a real loss may pass, too, where the items are few.
     - `significance` α, if given, asks for more, "really better": pass if p ≤ α in the one-sided exact McNemar test
-      where items are right or wrong, else in the one-sided paired bootstrap of their scores. It needs both versions'
+      where items are right or wrong, else in the one-sided sign-flip test of their scores. It needs both versions'
       on the same items. At α = 0.05 the candidate must win at least five of five disagreements, so a copy of the
       holder never passes.
 

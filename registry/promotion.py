@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra.sign_flips import sign_flip_test
 from registry.policy import Policy, SuitePolicy
 from registry.records import EvaluationRecord, as_json
 
@@ -177,13 +178,13 @@ def _gain_by_chance(line: SuitePolicy, mine: EvaluationRecord, theirs: Evaluatio
     if mine.outcomes is not None and theirs.outcomes is not None and len(mine.outcomes) == len(theirs.outcomes):
         return mcnemar(mine.outcomes, theirs.outcomes), "exact McNemar test"
     gains = _gains(line, mine, theirs)
-    return (bootstrap_above(gains, 0.0), "paired bootstrap") if gains is not None else None
+    return (sign_flip_test(gains, one_sided=True), "sign-flip test") if gains is not None else None
 
 
 def _loss_by_chance(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) -> float | None:
     """p-value of "the candidate loses no more than is allowed"; None without the same items of both."""
-    gains = _gains(line, mine, theirs)
-    return None if gains is None else bootstrap_above([-gain for gain in gains], line.max_regression or 0.0)
+    gains, allowed = _gains(line, mine, theirs), line.max_regression or 0.0
+    return None if gains is None else sign_flip_test([-gain - allowed for gain in gains], one_sided=True)
 
 
 def _gains(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) -> list[float] | None:
@@ -193,20 +194,6 @@ def _gains(line: SuitePolicy, mine: EvaluationRecord, theirs: EvaluationRecord) 
         return None
     sign = 1 if line.improves_upwards(mine.metric) else -1
     return [sign * (x - y) for x, y in zip(a, b, strict=True)]
-
-
-def bootstrap_above(differences: Sequence[float], margin: float) -> float:
-    """One-sided bootstrap test of n paired differences: p-value of "their mean is at most `margin`".
-
-    With d the observed mean and d*ᵢ that of resample i of B = 2000, p = (1 + #{i: d*ᵢ − d ≥ d − margin}) / (1 + B)
-    (Efron and Tibshirani 1993, section 16.4). The seed is fixed.
-    """
-    import numpy as np
-
-    values, generator = np.asarray(differences, dtype=np.float64), np.random.default_rng(0)
-    mean, resamples = values.mean(), 2000
-    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
-    return float(1 + (means - mean >= mean - margin - 1e-12).sum()) / (1 + resamples)
 
 
 def _newest(measured: Sequence[EvaluationRecord], line: SuitePolicy) -> EvaluationRecord | None:

@@ -14,7 +14,7 @@ from infra.errors import Conflict, GateRefused, InvalidInput, NotFound
 from registry import AdapterRegistry
 from registry.models import Decision
 from registry.policy import Policy, SuitePolicy, find_policy
-from registry.promotion import Verdict, bootstrap_above, decide, mcnemar, missing_suites
+from registry.promotion import Verdict, decide, mcnemar, missing_suites
 from registry.records import DatasetRecord, EvaluationRecord
 
 Register = Callable[..., str]
@@ -226,13 +226,30 @@ def test_a_line_tests_what_it_is_asked_to(
     assert verdict.passed is passed
 
 
-def test_the_bootstrap_against_a_margin_agrees_with_the_t_test() -> None:
+@pytest.mark.parametrize("line", [{"significance": 0.05}, {"regression_significance": 0.05}])
+def test_few_items_of_a_text_metric_prove_neither_a_gain_nor_a_loss(line: dict[str, object]) -> None:
+    gained = "significance" in line
+    for items in (1, 4):
+        mine = measured(0.45 if gained else 0.35, metric="rougeL", scores=(0.45 if gained else 0.35,) * items)
+        verdict = judged(
+            {"max_regression": None if gained else 0.0, **line},
+            mine,
+            measured(0.4, metric="rougeL", scores=(0.4,) * items),
+        )
+        assert verdict.passed is not gained, verdict
+
+
+def test_a_loss_beyond_the_margin_is_tested_as_the_t_test_does() -> None:
     from scipy.stats import ttest_1samp
 
-    differences = np.random.default_rng(4).normal(0.05, 1.0, 400)
-    for margin in (-0.05, 0.0, 0.1):
-        wanted = ttest_1samp(differences, margin, alternative="greater").pvalue
-        assert bootstrap_above(differences.tolist(), margin) == pytest.approx(wanted, abs=0.03)
+    holder = np.random.default_rng(4).uniform(0.3, 0.6, 400)
+    noise = np.random.default_rng(5).normal(0, 0.2, 400)
+    for loss in (0.015, 0.02, 0.03):
+        mine = holder - loss - noise + noise.mean()
+        a, b = (measured(float(s.mean()), metric="rougeL", scores=tuple(s), samples=400) for s in (mine, holder))
+        check = judged({"max_regression": 0.01, "regression_significance": 0.05}, a, b).checks[-1]
+        wanted = ttest_1samp(holder - mine, 0.01, alternative="greater").pvalue
+        assert float(check.measured.partition("p = ")[2]) == pytest.approx(wanted, abs=0.02)
 
 
 def test_without_a_metric_the_suites_own_number_decides_and_not_what_was_measured_beside_it() -> None:

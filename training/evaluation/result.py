@@ -8,18 +8,23 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import InvalidInput
+from infra.sign_flips import sign_flip_test
 from training.evaluation.aggregate import statistic_of
 from training.evaluation.calibration import CALIBRATION_ERRORS
 from training.evaluation.statistics import (
+    FEWEST,
     bootstrap,
     bootstrap_perplexity,
-    paired_bootstrap,
+    interval_of,
+    mean_interval,
+    paired_means,
+    paired_swaps,
     paired_test,
     perplexity,
-    sign_flip_test,
-    spread,
     wilson_interval,
 )
+
+MOST = {"brier": 2.0}  # that an item can score; of all others 1
 
 
 class EvaluationResult(BaseModel):
@@ -28,10 +33,11 @@ class EvaluationResult(BaseModel):
     Attributes:
         metric: what was measured.
         value: accuracy or another share in [0, 1], perplexity, or what a task of lm-eval defines.
-        low: lower end of the 95 % interval: Wilson for accuracy, else bootstrap over examples. None where lm-eval
-            gives no error, and for calibration errors, whose resamples are biased upwards.
+        low: lower end of the 95 % interval: Wilson for accuracy, `statistics.mean_interval` for means of scores, else
+            bootstrap over examples. None where lm-eval gives no error, where resamples say nothing (of fewer than six
+            examples, or where they all agree), and for calibration errors, whose resamples are biased upwards.
         high: its upper end.
-        stderr: standard error of the value.
+        stderr: standard error of the value; None of the mean of one score.
         samples: number of examples.
         outcomes: 1 or 0 for each example, in order; None where examples are not right or wrong.
         scores: a number for each example: its share of a text metric, its Brier score; else empty.
@@ -83,10 +89,10 @@ class PairedComparison(BaseModel):
         metric: what was measured.
         test: which test the p-value is of.
         difference: value of a − value of b.
-        low: lower end of the difference's 95 % interval; None for perplexity.
+        low: lower end of the difference's 95 % interval; None for perplexity, and where the items say nothing of it.
         high: its upper end.
-        p_value: two-sided; exact McNemar for accuracy, paired sign-flip permutation of the losses for perplexity,
-            paired bootstrap for all else.
+        p_value: two-sided; exact McNemar for accuracy, sign flips of the paired scores, or of the losses for
+            perplexity; for values over all examples (bleu, chrf, calibration) approximate randomization.
         only_a: examples that a alone gets right; else those on which a has the better score or loss.
         only_b: the same for b.
         samples: number of examples.
@@ -126,15 +132,19 @@ def compare(a: EvaluationResult, b: EvaluationResult) -> PairedComparison:
         return PairedComparison(metric=a.metric, test="exact McNemar", samples=a.samples, **asdict(found))
     if not all(each.scores or each.components for each in (a, b)):
         raise InvalidInput(f"{a.metric} holds nothing example by example.", "Compare the numbers as they are.")
-    of_a, of_b = (statistic_of(each.metric, each.scores, each.components) for each in (a, b))
     gaps = [x - y for x, y in zip(a.scores, b.scores, strict=True)]
+    if a.components:
+        both = statistic_of(a.metric, a.scores + b.scores, a.components + b.components)
+        test, paired = "approximate randomization", paired_swaps(both, a.samples)
+    else:
+        test, paired = "paired sign flips", paired_means(gaps)
     return PairedComparison(
         metric=a.metric,
-        test="paired bootstrap",
+        test=test,
         samples=a.samples,
         only_a=sum(gap > 0 for gap in gaps),
         only_b=sum(gap < 0 for gap in gaps),
-        **asdict(paired_bootstrap(of_a, of_b, a.samples, seed=0)),
+        **asdict(paired),
     )
 
 
@@ -151,7 +161,7 @@ def _compare_perplexities(a: EvaluationResult, b: EvaluationResult) -> PairedCom
         difference=a.value - b.value,
         low=None,
         high=None,
-        p_value=sign_flip_test(gaps, seed=0),
+        p_value=sign_flip_test(gaps),
         only_a=sum(gap < 0 for gap in gaps),
         only_b=sum(gap > 0 for gap in gaps),
         samples=a.samples,
@@ -192,15 +202,22 @@ def scored(
     seconds: float,
     dataset_fingerprint: str,
 ) -> EvaluationResult:
-    """The value over all items of a metric that is no accuracy, with its bootstrap interval."""
+    """The value over all items of a metric that is no accuracy, with its interval."""
     statistic, n = statistic_of(metric, scores, components), max(len(scores), len(components))
-    resampled = None if metric in CALIBRATION_ERRORS else spread(bootstrap(statistic, n, seed=0))
+    low, high, stderr = None, None, None
+    if not components:
+        low, high = mean_interval(scores, most=MOST.get(metric, 1.0))
+        stderr = float(np.std(scores, ddof=1)) / math.sqrt(n) if n > 1 else None
+    elif metric not in CALIBRATION_ERRORS:
+        resampled = bootstrap(statistic, n, seed=0)
+        low, high = interval_of(resampled, n)
+        stderr = float(resampled.std(ddof=1))
     return EvaluationResult(
         metric=metric,
         value=statistic(np.arange(n)),
-        low=resampled and resampled.low,
-        high=resampled and resampled.high,
-        stderr=resampled and resampled.stderr,
+        low=low,
+        high=high,
+        stderr=stderr,
         samples=n,
         scores=tuple(scores),
         components=tuple(map(tuple, components)),
@@ -214,12 +231,12 @@ def of_losses(
     losses: Sequence[float], tokens: Sequence[int], *, seconds: float, dataset_fingerprint: str
 ) -> EvaluationResult:
     """The perplexity of texts with these losses (nats) over so many tokens each."""
-    resampled = bootstrap_perplexity(losses, tokens, seed=0)
+    resampled, enough = bootstrap_perplexity(losses, tokens, seed=0), len(losses) >= FEWEST
     return EvaluationResult(
         metric="perplexity",
         value=perplexity(sum(losses), sum(tokens)),
-        low=resampled.low,
-        high=resampled.high,
+        low=resampled.low if enough else None,
+        high=resampled.high if enough else None,
         stderr=resampled.stderr,
         samples=len(losses),
         losses=tuple(losses),

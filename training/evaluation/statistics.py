@@ -8,11 +8,14 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.sign_flips import flips, p_value, sign_flip_test, ways
+
 CONFIDENCE = 0.95  # of every interval
 RESAMPLES = 2000
+FEWEST = 6  # items that a resampled interval rests on: of fewer, all flips together are no 5 %
 
 
-def wilson_interval(right: int, samples: int) -> tuple[float, float]:
+def wilson_interval(right: float, samples: int) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927): sound at 0 % and 100 %, where ± stderr says ± 0.
 
     With p = right / n and z the normal quantile: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
@@ -52,7 +55,7 @@ def paired_difference_interval(only_a: int, only_b: int, samples: int) -> tuple[
 
 
 @dataclass(frozen=True, slots=True)
-class PairedTest:
+class PairedOutcomes:
     """Two models on the same items: `difference` is accuracy of a − accuracy of b, with its 95 % interval."""
 
     difference: float
@@ -63,7 +66,7 @@ class PairedTest:
     only_b: int
 
 
-def paired_test(a: Sequence[int], b: Sequence[int]) -> PairedTest:
+def paired_test(a: Sequence[int], b: Sequence[int]) -> PairedOutcomes:
     """Compare the outcomes (1 right, 0 wrong) of two models, item by item: exact McNemar test.
 
     Raises:
@@ -72,12 +75,12 @@ def paired_test(a: Sequence[int], b: Sequence[int]) -> PairedTest:
     only_a = sum(x > y for x, y in zip(a, b, strict=True))
     only_b = sum(x < y for x, y in zip(a, b, strict=True))
     low, high = paired_difference_interval(only_a, only_b, len(a))
-    return PairedTest((only_a - only_b) / len(a), low, high, mcnemar(only_a, only_b), only_a, only_b)
+    return PairedOutcomes((only_a - only_b) / len(a), low, high, mcnemar(only_a, only_b), only_a, only_b)
 
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """A statistic over bootstrap resamples: 95 % percentile interval and standard deviation."""
+    """A statistic over bootstrap resamples: 95 % interval and standard deviation."""
 
     low: float
     high: float
@@ -104,47 +107,97 @@ def bootstrap(
     return np.array([statistic(generator.integers(0, samples, samples)) for _ in range(resamples)])
 
 
-def spread(values: NDArray[np.float64]) -> Resampled:
-    """Percentile interval and standard deviation of a bootstrapped statistic."""
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def spread(values: NDArray[np.float64], samples: int) -> Resampled:
+    """Expanded percentile interval and standard deviation of a statistic that was bootstrapped from n items.
+
+    The percentiles are 100·Φ(∓√(n/(n − 1))·t) with Student's t of n − 1 degrees of freedom, for resamples of few items
+    spread too little (Hesterberg 2015, arXiv:1411.5279). Of one item there is nothing to resample.
+    """
+    from scipy.stats import norm, t
+
+    reach = math.sqrt(samples / (samples - 1)) * t.ppf((1 + CONFIDENCE) / 2, samples - 1) if samples > 1 else 0.0
+    low, high = np.quantile(values, [norm.cdf(-reach), norm.cdf(reach)])
     return Resampled(float(low), float(high), float(values.std(ddof=1)))
 
 
+def mean_interval(values: Sequence[float], least: float = 0.0, most: float = 1.0) -> tuple[float, float]:
+    """95 % interval of the mean of n values that are known to lie within [least, most], whatever their distribution.
+
+    Of Learned-Miller and Thomas (2019, arXiv:1905.06208): the upper bound is the 97.5 % quantile of Σ wᵢ xᵢ + wₙ₊₁·most
+    over weights w ~ Dirichlet(1, …, 1), here 10,000 of them with a fixed seed, the lower one that of `least`. Of values
+    0 and 1 this is the Clopper–Pearson interval, of many others Student's; of equal ones, or of one, it is no point.
+    """
+    x, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
+    lower, upper = [], []
+    for _ in range(20):
+        weights = generator.standard_exponential((500, len(x) + 1))
+        weights /= weights.sum(axis=1, keepdims=True)
+        of_items = weights[:, :-1] @ x
+        lower.append(of_items + weights[:, -1] * least)
+        upper.append(of_items + weights[:, -1] * most)
+    tail = (1 - CONFIDENCE) / 2
+    return float(np.quantile(lower, tail)), float(np.quantile(upper, 1 - tail))
+
+
+def difference_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of n paired differences: those that the sign-flip test does not reject at 5 %.
+
+    Its ends are order statistics of the means of the subsets that are flipped (Hartigan 1969, "Using subsample values
+    as typical values").
+
+    Returns:
+        None where the items tell nothing of it: fewer than six, whose test rejects no mean, or all of them equal.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    left_out = int((1 - CONFIDENCE) / 2 * ways(len(d)))  # of a tail, the observed way among them
+    if left_out < 1 or np.ptp(d) == 0:
+        return None
+    subsets = (block[block.any(axis=1)] for block in flips(len(d)))
+    means = np.sort(np.concatenate([(subset @ d) / subset.sum(axis=1) for subset in subsets]))
+    return float(means[left_out - 1]), float(means[-left_out])
+
+
 @dataclass(frozen=True, slots=True)
-class PairedBootstrap:
-    """Two models on the same items: `difference` is value of a − value of b, with its 95 % percentile interval."""
+class PairedTest:
+    """Two models on the same items: how much more the first has, with a 95 % interval, and the two-sided p-value."""
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
 
 
-def paired_bootstrap(
-    a: Callable[[NDArray[np.int64]], float],
-    b: Callable[[NDArray[np.int64]], float],
-    samples: int,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> PairedBootstrap:
-    """Paired bootstrap test: do two values over the same n items differ? (Riezler and Maxwell 2005, section 3.2)
+def paired_means(differences: Sequence[float]) -> PairedTest:
+    """Compare the means of two models' n scores by their differences, item by item: sign flips."""
+    low, high = difference_interval(differences) or (None, None)
+    return PairedTest(float(np.mean(differences)), low, high, sign_flip_test(differences))
 
-    Both are computed over the same draws of items. With δ the observed difference and δ*ᵢ that of draw i of B, the
-    two-sided p-value is (1 + #{i: |δ*ᵢ − mean δ*| ≥ |δ|}) / (1 + B), as sacreBLEU has it.
+
+def paired_swaps(statistic: Callable[[NDArray[np.int64]], float], items: int) -> PairedTest:
+    """Compare two models by a value over all n items that is no mean of theirs, as that of corpus BLEU.
+
+    The p-value is of approximate randomization: each item's two answers might as well have changed sides (Riezler and
+    Maxwell 2005). The interval is the bootstrap's, over the same draws of items for both.
 
     Args:
-        a: value of the first over the items at given places.
-        b: value of the second.
-        samples: n.
-        seed: of the resampling.
-        resamples: B.
+        statistic: the value over the answers at given places: the first model's are 0…n − 1, the second's n…2n − 1.
+        items: n.
     """
-    everything = np.arange(samples)
-    observed = a(everything) - b(everything)
-    differences = bootstrap(a, samples, seed, resamples) - bootstrap(b, samples, seed, resamples)
-    found = spread(differences)
-    extreme = np.abs(differences - differences.mean()) >= abs(observed) - 1e-12
-    return PairedBootstrap(observed, found.low, found.high, float(1 + extreme.sum()) / (1 + resamples))
+    everything = np.arange(items)
+    observed, extreme = statistic(everything) - statistic(everything + items), 0
+    for block in flips(items):
+        for flipped in block:
+            gap = statistic(everything + items * flipped) - statistic(everything + items * ~flipped)
+            extreme += abs(gap) >= abs(observed) - 1e-12
+    differences = bootstrap(lambda drawn: statistic(drawn) - statistic(drawn + items), items, seed=0)
+    low, high = interval_of(differences, items)
+    return PairedTest(observed, low, high, p_value(extreme, items))
+
+
+def interval_of(resampled: NDArray[np.float64], samples: int) -> tuple[float, float] | tuple[None, None]:
+    """The interval of a bootstrapped statistic; none of fewer than six items, or of resamples that all agree."""
+    found = spread(resampled, samples)
+    return (found.low, found.high) if samples >= FEWEST and found.low < found.high else (None, None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -163,7 +216,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_perplexity(
     losses: Sequence[float], tokens: Sequence[int], seed: int, resamples: int = RESAMPLES
 ) -> Resampled:
-    """Percentile bootstrap of exp(Σ losses / Σ tokens) over examples.
+    """Bootstrap of exp(Σ losses / Σ tokens) over examples.
 
     Args:
         losses: negative log-likelihood of each example, in nats.
@@ -172,41 +225,19 @@ def bootstrap_perplexity(
         resamples: how many.
     """
     loss, count = np.asarray(losses, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-    return spread(
-        bootstrap(lambda chosen: perplexity(loss[chosen].sum(), count[chosen].sum()), len(loss), seed, resamples)
-    )
+    drawn = bootstrap(lambda chosen: perplexity(loss[chosen].sum(), count[chosen].sum()), len(loss), seed, resamples)
+    return spread(drawn, len(loss))
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int) -> Resampled:
-    """Percentile bootstrap of the mean.
+    """Bootstrap of the mean.
 
     Args:
         values: one for each example, at least one.
         seed: of the resampling.
     """
     told = np.asarray(values, dtype=np.float64)
-    return spread(bootstrap(lambda chosen: float(told[chosen].mean()), len(told), seed))
-
-
-def sign_flip_test(differences: Sequence[float], seed: int, resamples: int = 9999) -> float:
-    """Two-sided p-value of the paired permutation test (Fisher 1935): is the mean difference zero?
-
-    Under the hypothesis each difference might as well have had the other sign. The observed signs count as one of the
-    permutations, so the value is never 0.
-
-    Args:
-        differences: a − b for each item.
-        seed: of the signs.
-        resamples: how many assignments of signs are drawn.
-    """
-    d = np.asarray(differences, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    observed = abs(d.sum())
-    extreme = 0
-    for _ in range(resamples):
-        signs = generator.integers(0, 2, len(d)) * 2 - 1
-        extreme += bool(abs((signs * d).sum()) >= observed - 1e-12 * abs(d).sum())
-    return (extreme + 1) / (resamples + 1)
+    return spread(bootstrap(lambda chosen: float(told[chosen].mean()), len(told), seed), len(told))
 
 
 def _quantile() -> float:

@@ -1,7 +1,7 @@
 """Intervals and tests against SciPy and published numbers."""
 
 import math
-from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,18 +11,22 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
+from infra.sign_flips import sign_flip_test
 from tests.training.evaluation.test_text_metrics import near, sentences
 from training.evaluation.aggregate import statistic_of
 from training.evaluation.statistics import (
     bootstrap_perplexity,
+    difference_interval,
     holm,
     mcnemar,
-    paired_bootstrap,
+    mean_interval,
     paired_difference_interval,
-    sign_flip_test,
+    paired_means,
+    paired_swaps,
+    spread,
     wilson_interval,
 )
-from training.evaluation.text_metrics import text_scores
+from training.evaluation.text_metrics import TextScores, corpus_score, text_scores
 
 
 @pytest.mark.parametrize(("right", "samples"), [(0, 200), (200, 200), (1, 1), (0, 1), (43, 200), (148, 200), (7, 9)])
@@ -80,19 +84,6 @@ def test_bootstrap_of_a_hopeless_model_stays_finite() -> None:
     assert math.isfinite(bootstrap_perplexity([900.0, 950.0], [1, 1], seed=0).high)
 
 
-def test_sign_flip_test_is_scipys_permutation_test() -> None:
-    gaps = np.random.default_rng(2).normal(0.35, 1.0, 11)
-    exact = stats.permutation_test(
-        (gaps,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", n_resamples=np.inf, vectorized=True
-    ).pvalue
-    assert sign_flip_test(gaps.tolist(), seed=0) == pytest.approx(exact, abs=0.015)
-
-
-def test_sign_flip_test_never_reports_zero() -> None:
-    assert 0 < sign_flip_test([1.0] * 60, seed=0) <= 1e-3
-    assert sign_flip_test([0.0] * 5, seed=0) == 1.0
-
-
 def test_holm_is_the_table_by_hand() -> None:
     """0.01 × 4; 0.02 × 3 = 0.06; 0.03 × 2 = 0.06, no less than the one before; 0.5 × 1."""
     assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
@@ -110,51 +101,93 @@ def test_holm_lies_between_the_plain_values_and_bonferronis_and_keeps_their_orde
     assert np.all(np.diff(np.asarray(corrected)[order]) >= 0)
 
 
-def means(scores: np.ndarray) -> Callable[[np.ndarray], float]:
-    return lambda places: float(scores[places].mean())
+@pytest.mark.parametrize(("right", "samples"), [(0, 20), (20, 20), (1, 1), (3, 10), (150, 200)])
+def test_the_interval_of_a_mean_of_zeros_and_ones_is_clopper_and_pearsons(right: int, samples: int) -> None:
+    wanted = stats.binomtest(right, samples).proportion_ci(confidence_level=0.95, method="exact")
+    found = mean_interval([1.0] * right + [0.0] * (samples - right))
+    assert found == pytest.approx((wanted.low, wanted.high), abs=0.012)  # of 10,000 draws
 
 
-def test_equal_systems_are_rarely_found_to_differ_and_unequal_ones_often() -> None:
-    """Noise of both on the same items: at α = 0.05 about 5 % of 300 pairs; half a standard deviation apart, most."""
-    generator = np.random.default_rng(1)
-    equal, unequal = 0, 0
-    for trial in range(300):
-        hardness = generator.normal(size=60)
-        a, b = hardness + generator.normal(size=60), hardness + generator.normal(size=60)
-        equal += paired_bootstrap(means(a), means(b), 60, seed=trial, resamples=200).p_value <= 0.05
-        unequal += paired_bootstrap(means(a + 0.6), means(b), 60, seed=trial, resamples=200).p_value <= 0.05
-    assert equal <= 25  # of 300 at 5 %: 15 ± 3.8
-    assert unequal > 200
+def test_the_interval_of_a_mean_is_students_where_there_are_many_and_no_point_where_they_are_equal() -> None:
+    values = np.random.default_rng(1).beta(2, 5, 2000)
+    wanted = stats.t.interval(0.95, 1999, values.mean(), stats.sem(values))
+    assert mean_interval(values.tolist()) == pytest.approx(wanted, abs=0.001)
+    low, high = mean_interval([0.0] * 10)
+    assert low == 0 and high == pytest.approx(1 - 0.025**0.1, abs=0.012)
+    for few in ([0.4], [0.4] * 20):
+        low, high = mean_interval(few)
+        assert low < 0.4 < high
+        assert mean_interval([2 * value for value in few], most=2.0) == pytest.approx((2 * low, 2 * high))
 
 
-def test_the_paired_bootstrap_agrees_with_the_t_test_and_its_interval() -> None:
-    generator = np.random.default_rng(3)
-    a = generator.normal(size=300)
-    b = a + generator.normal(0.12, 1.0, size=300)
-    found = paired_bootstrap(means(a), means(b), 300, seed=0)
-    exact = stats.ttest_rel(a, b)
-    interval = exact.confidence_interval(0.95)
-    assert found.difference == pytest.approx((a - b).mean())
-    assert found.p_value == pytest.approx(exact.pvalue, abs=0.02)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.02)
+@pytest.mark.parametrize("samples", [3, 10, 40])
+@pytest.mark.parametrize(("a", "b"), [(0.2, 2.0), (20.0, 4.0), (1.0, 1.0)])
+def test_the_interval_of_a_mean_covers_it_whatever_the_scores_look_like(a: float, b: float, samples: int) -> None:
+    generator, below, above = np.random.default_rng(3), 0, 0
+    for _ in range(120):
+        low, high = mean_interval(generator.beta(a, b, samples).tolist())
+        below, above = below + (high < a / (a + b)), above + (low > a / (a + b))
+    assert max(below, above) <= 8  # each of 120 at 2.5 %: 3 ± 1.7
 
 
-def test_a_system_does_not_differ_from_itself() -> None:
-    scores = np.random.default_rng(0).random(30)
-    found = paired_bootstrap(means(scores), means(scores), 30, seed=0)
-    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+def test_a_resampled_interval_is_wider_where_the_items_are_few() -> None:
+    """The percentiles by hand: of five items Φ(−√(5/4)·2.776) = 0.095 %, of many 2.5 %."""
+    values = np.arange(100_001) / 1000.0
+    assert spread(values, 5).low == pytest.approx(0.0955, abs=0.001)
+    assert spread(values, 100_000).low == pytest.approx(2.5, abs=0.001)
+
+
+@pytest.mark.parametrize("items", [6, 9, 30])
+def test_the_interval_of_a_difference_holds_what_the_sign_flip_test_does_not_reject(items: int) -> None:
+    d = np.random.default_rng(items).normal(0.3, 1.0, items)
+    low, high = difference_interval(d.tolist())
+    assert low < d.mean() < high
+    for end, inside, outside in ((low, 1e-6, -1e-6), (high, -1e-6, 1e-6)):
+        assert sign_flip_test((d - end - inside).tolist()) > 0.05 - 4e-3
+        assert sign_flip_test((d - end - outside).tolist()) <= 0.05 + 4e-3
+
+
+def test_the_interval_of_a_difference_is_students_where_there_are_many() -> None:
+    d = np.random.default_rng(3).normal(0.12, 1.0, 300)
+    assert difference_interval(d.tolist()) == pytest.approx(
+        stats.t.interval(0.95, 299, d.mean(), stats.sem(d)), abs=0.01
+    )
+
+
+def test_few_items_or_equal_differences_give_no_interval() -> None:
+    assert difference_interval([0.052]) is None
+    assert difference_interval([0.1, 0.2, 0.3, 0.4, 0.5]) is None
+    assert difference_interval([0.1] * 30) is None
+    found = paired_means([0.052])
+    assert (found.difference, found.p_value) == (0.052, 1.0)
+
+
+def corpus_bleus(items: int) -> tuple[TextScores, TextScores, list[str], dict[str, list[str]]]:
+    references = sentences(items, seed=8)
+    answers = {"a": near(references, seed=9), "b": near(near(references, seed=10), seed=11)}
+    a, b = (text_scores("bleu", answers[name], [[r] for r in references]) for name in "ab")
+    return a, b, references, answers
 
 
 def test_corpus_bleus_are_compared_as_sacrebleu_compares_them() -> None:
-    """Its own paired bootstrap resamples the same sufficient statistics; only the draws differ."""
-    references = sentences(60, seed=8)
-    answers = {"a": near(references, seed=9), "b": near(near(references, seed=10), seed=11)}
-    _, told = PairedTest(list(answers.items()), {"BLEU": BLEU()}, [references], test_type="bs", n_samples=1000)()
+    """Its own approximate randomization swaps the same sufficient statistics; only the draws differ."""
+    a, b, references, answers = corpus_bleus(60)
+    _, told = PairedTest(list(answers.items()), {"BLEU": BLEU()}, [references], test_type="ar", n_samples=5000)()
     theirs = told["BLEU"][1]
-    a, b = (text_scores("bleu", answers[name], [[r] for r in references]) for name in "ab")
-    found = paired_bootstrap(
-        statistic_of("bleu", a.of_items, a.components), statistic_of("bleu", b.of_items, b.components), 60, seed=0
-    )
+    found = paired_swaps(statistic_of("bleu", a.of_items + b.of_items, a.components + b.components), 60)
     assert 100 * found.difference == pytest.approx(told["BLEU"][0].score - theirs.score, abs=1e-9)
     assert found.p_value == pytest.approx(theirs.p_value, abs=0.02)
     assert found.low < found.difference < found.high
+
+
+def test_two_corpora_of_few_items_are_swapped_in_all_ways() -> None:
+    a, b, _, _ = corpus_bleus(5)
+    rows = np.array([a.components, b.components])
+    gaps = [
+        corpus_score("bleu", rows[list(ways), range(5)].sum(axis=0))
+        - corpus_score("bleu", rows[[1 - way for way in ways], range(5)].sum(axis=0))
+        for ways in product((0, 1), repeat=5)
+    ]
+    found = paired_swaps(statistic_of("bleu", (), a.components + b.components), 5)
+    assert found.p_value == np.mean([abs(gap) >= abs(gaps[0]) - 1e-12 for gap in gaps]) >= 2 / 32
+    assert (found.low, found.high) == (None, None)
