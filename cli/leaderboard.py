@@ -92,8 +92,9 @@ def _tell(tables: "list[Leaderboard]") -> None:
         if len(table.standings) < table.versions:
             console.print(f"[dim]… and {table.versions - len(table.standings):,} more[/]")
     console.print(
-        "\n[dim]p: against the best, exact McNemar test, Holm-corrected; rank 1: not significantly worse (5 %). "
-        "◆ nothing as good has a smaller adapter or base. Bare base models are not on it: regraft evaluate BASE[/]"
+        "\n[dim]p: against the best, exact McNemar test or sign flips, Holm-corrected; rank 1: not significantly worse "
+        "(5 %). ◆ nothing as good has a smaller adapter or base. "
+        "Bare base models are not on it: regraft evaluate BASE[/]"
     )
 
 

@@ -4,16 +4,17 @@ One statement finds all of it, whatever the number of versions; no artifact is o
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, and_, func, or_, select
+from sqlalchemy import Row, and_, case, func, or_, select
 from sqlalchemy.orm import Session
 
 from infra.documents import did_you_mean
 from infra.errors import NotFound
+from infra.sign_flips import sign_flip_tests
 from registry import base_models
 from registry.models import Adapter, Alias, BaseModel, Evaluation, Version, VersionState
 from registry.policy import LOWER_IS_BETTER
@@ -31,8 +32,9 @@ class Standing:
         rank: 1 for the best and for all that are not significantly worse; of others, one more than there are versions
             with a better number. None where the items are unknown.
         size_bytes: of the artifact.
-        p_value: two-sided exact McNemar test against the best of the table, Holm-corrected for all versions in it;
-            None of the best itself, and where no outcomes were recorded.
+        p_value: two-sided test against the best of the table, Holm-corrected for all versions in it: exact McNemar of
+            the items' outcomes, else sign flips of their scores, or of their losses; None of the best itself, and where
+            nothing was recorded item by item.
         ties_best: it is the best, or equal to it, or not significantly worse.
         pareto: nothing in the table that scores as well or better has a smaller adapter or a smaller base, and no
             larger other one.
@@ -102,6 +104,8 @@ def leaderboards(
             Evaluation.low,
             Evaluation.high,
             Evaluation.outcomes,
+            Evaluation.scores,
+            case((Evaluation.metric == "perplexity", Evaluation.components)).label("losses"),
             Evaluation.at,
             Adapter.name.label("adapter"),
             Version.number,
@@ -173,7 +177,7 @@ def _table(rows: Sequence[_Found], limit: int | None) -> Leaderboard:
     sign = -1.0 if first.metric in LOWER_IS_BETTER else 1.0
     rows = sorted(rows, key=lambda row: (-sign * row.value, row.size_bytes, row.base_parameters))
     scores = [sign * row.value for row in rows]
-    adjusted = holm(against_the_first([row.outcomes for row in rows]))
+    adjusted = holm(against_the_first([row.outcomes for row in rows], [_of_items(row) for row in rows]))
     front = pareto(scores, [(row.size_bytes, row.base_parameters) for row in rows])
     known = first.dataset_fingerprint is not None
     falling = [-score for score in scores]
@@ -206,30 +210,55 @@ def _table(rows: Sequence[_Found], limit: int | None) -> Leaderboard:
     )
 
 
-def against_the_first(outcomes: Sequence[Sequence[int] | None]) -> list[float | None]:
-    """Two-sided exact McNemar tests of each against the first: p = min(1, 2·P(X ≤ min(b, c))), X ~ Binomial(b + c, ½).
+def _of_items(row: _Found) -> list[float] | None:
+    """Each item's score, or of a perplexity its loss."""
+    return row.scores or ([nats for nats, _ in row.losses] if row.losses else None)
+
+
+def against_the_first(
+    outcomes: Sequence[Sequence[int] | None], scores: Sequence[Sequence[float] | None]
+) -> list[float | None]:
+    """Two-sided tests of each version against the first, on the same items.
+
+    Exact McNemar where both have outcomes: p = min(1, 2·P(X ≤ min(b, c))), X ~ Binomial(b + c, ½); else sign flips.
 
     Args:
         outcomes: 0 or 1 for each item, of each version; None where they are not known.
+        scores: numbers for each item, of each version; None where they are not known.
 
     Returns:
-        p-values; None of the first itself, and where there are no outcomes to compare.
+        p-values; None of the first itself, and where there is nothing to compare.
     """
+    p_values: list[float | None] = [None] * len(outcomes)
+    _put(p_values, scores, _flipped)
+    _put(p_values, outcomes, _mcnemar)
+    return p_values
+
+
+def _put(
+    p_values: list[float | None],
+    known: Sequence[Sequence[float] | None],
+    test: Callable[[Sequence[float], list[Sequence[float]]], list[float]],
+) -> None:
+    """Test what is known of each version against what is known of the first."""
+    first = known[0]
+    others = {n: found for n, found in enumerate(known) if n and first and found and len(found) == len(first)}
+    if first and others:
+        for place, p in zip(others, test(first, list(others.values())), strict=True):
+            p_values[place] = p
+
+
+def _flipped(first: Sequence[float], others: list[Sequence[float]]) -> list[float]:
+    return sign_flip_tests([[a - b for a, b in zip(first, other, strict=True)] for other in others])
+
+
+def _mcnemar(first: Sequence[float], others: list[Sequence[float]]) -> list[float]:
     import numpy as np
     from scipy.special import bdtr
 
-    first = outcomes[0]
-    p_values: list[float | None] = [None] * len(outcomes)
-    places = [n for n, found in enumerate(outcomes) if n and first and found and len(found) == len(first)]
-    if not places:
-        return p_values
-    best = np.asarray(first, dtype=bool)
-    others = np.asarray([outcomes[place] for place in places], dtype=bool)  # (versions, items)
-    b, c = (best & ~others).sum(axis=1), (~best & others).sum(axis=1)
-    found = np.minimum(1.0, 2 * bdtr(np.minimum(b, c), b + c, 0.5))
-    for place, p in zip(places, found, strict=True):
-        p_values[place] = float(p)
-    return p_values
+    best, rest = np.asarray(first, dtype=bool), np.asarray(others, dtype=bool)  # (items,), (versions, items)
+    b, c = (best & ~rest).sum(axis=1), (~best & rest).sum(axis=1)
+    return [float(p) for p in np.minimum(1.0, 2 * bdtr(np.minimum(b, c), b + c, 0.5))]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from infra.errors import NotFound
+from infra.sign_flips import sign_flip_test
 from registry import AdapterRegistry
 from registry.leaderboard import ALPHA, against_the_first, holm, pareto
 from registry.models import Adapter, Evaluation, Version, VersionState
@@ -136,7 +138,7 @@ def test_all_that_are_not_significantly_worse_than_the_best_share_the_first_rank
 @given(st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), min_size=2, max_size=6))
 def test_the_paired_tests_are_scipys_exact_ones(outcomes: list[list[int]]) -> None:
     first, *others = outcomes
-    found = against_the_first([*outcomes, None, [1, 0]])
+    found = against_the_first([*outcomes, None, [1, 0]], [None] * (len(outcomes) + 2))
     wanted = []
     for other in others:
         b = sum(x > y for x, y in zip(first, other, strict=True))
@@ -144,6 +146,24 @@ def test_the_paired_tests_are_scipys_exact_ones(outcomes: list[list[int]]) -> No
         wanted.append(float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0)
     assert found[0] is None and found[-2:] == [None, None]
     assert found[1:-2] == pytest.approx(wanted)
+
+
+def test_text_metrics_and_perplexities_are_ranked_by_sign_flips_of_their_items(
+    registry: AdapterRegistry, register: Register
+) -> None:
+    generator = np.random.default_rng(0)
+    best = generator.uniform(0.4, 0.6, 40)
+    of = {"a": best, "b": best - generator.normal(0.002, 0.05, 40), "c": best - generator.normal(0.1, 0.05, 40)}
+    for adapter, scores in of.items():
+        address, kept = register(adapter), {"samples": 40, "dataset_fingerprint": "t" * 64}
+        registry.record_evaluation(address, "texts", "rougeL", float(scores.mean()), scores=scores.tolist(), **kept)
+        losses, value = [(float(1 - score), 1) for score in scores], float(np.exp(1 - scores.mean()))
+        registry.record_evaluation(address, "texts", "perplexity", value, components=losses, **kept)
+    raw = [sign_flip_test((best - of[name]).tolist()) for name in "bc"]
+    for table in registry.leaderboard("texts"):
+        assert [s.address for s in table.standings] == ["a@1", "b@1", "c@1"]
+        assert [s.p_value for s in table.standings[1:]] == pytest.approx([raw[0], 2 * raw[1]])
+        assert [s.rank for s in table.standings] == [1, 1, 3]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
