@@ -105,7 +105,15 @@ def _tell(found: "LearningCurves") -> None:
 
 
 def _statement(each: "Curve") -> str:
-    reference = measured(each.metric, each.reference)
+    reference, bare = measured(each.metric, each.reference), measured(each.metric, each.bare)
+    if each.verdict == "nothing learnt":
+        last = each.points[-1]
+        return (
+            f"[bold red]✗[/] nothing was learnt: {last.examples:,.0f} examples lead to "
+            f"{measured(each.metric, last.value)}, and the bare base has {bare}. Train longer, or otherwise, first"
+        )
+    if each.verdict == "bare":
+        return f"[bold green]✓[/] zero examples are enough: the bare base has {bare} and reaches {reference}"
     if each.enough is not None:
         whole = each.points[-1].examples
         share = f" ({each.enough.examples / whole:.0%} of the largest budget)" if each.enough.examples < whole else ""

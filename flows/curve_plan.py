@@ -15,6 +15,7 @@ from registry.records import BaseModelRecord, VersionRecord
 from training.data.example import Example, fingerprint
 from training.evaluation.learning_curve import Budget, nested, read_budgets
 from training.evaluation.suite import Suite
+from training.migration.gate import LOWER_IS_BETTER
 from training.recipe import Recipe
 from training.trainer import total_steps
 
@@ -176,6 +177,15 @@ def own_suite(recipe: Recipe) -> Suite:
         f"{recipe.adapter} has no suite on its own data without shots, so there is no score to draw.",
         "Add one: evaluation: [{samples: 200}]",
     )
+
+
+def require_possible(reference: float, metric: str) -> None:
+    """Raise `InvalidInput` if no score of the metric can be that."""
+    if metric in LOWER_IS_BETTER and reference < 1:
+        raise InvalidInput(f"--reference {reference:g}: no perplexity is below 1.", "Name one that can be reached.")
+    if metric not in LOWER_IS_BETTER and not 0 <= reference <= 1:
+        remedy = f"For {reference:g} % write --reference {reference / 100:g}." if 1 < reference <= 100 else ""
+        raise InvalidInput(f"--reference {reference:g}: scores of {metric} are shares, 0 to 1.", remedy)
 
 
 def trainings(plan: CurvePlan, tasks: Sequence[StudiedTask]) -> Iterator[Training]:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from flows.derived import better
-from training.evaluation.learning_curve import Point, Score, area, crossing, mean_of_seeds, mean_of_tasks
+from training.evaluation.learning_curve import Point, Score, area, crossing, mean_of_seeds, mean_of_tasks, share
+from training.evaluation.suite import pass_at
 from training.migration.gate import LOWER_IS_BETTER
 
 
@@ -50,7 +52,9 @@ class Curve(BaseModel):
         bare: what the base model scores without any.
         points: by number of examples.
         reference: what is to be reached.
-        enough: the smallest budget whose lower bound reaches it; None where none does.
+        verdict: `enough`: a budget surely reaches it. `short`: none does. No budget is judged where the bare base
+            reaches it already (`bare`), or where the largest budget is no better than the bare base (`nothing learnt`).
+        enough: the smallest budget whose lower bound reaches it; None with any other verdict.
         area: under the curve in log(examples), as a mean score.
     """
 
@@ -64,6 +68,7 @@ class Curve(BaseModel):
     bare: float
     points: list[CurvePoint]
     reference: float
+    verdict: Literal["enough", "short", "bare", "nothing learnt"]
     enough: CurvePoint | None
     area: float
 
@@ -107,7 +112,7 @@ def draw_curves(
         measurements: of every training; every base and arm has the same tasks, budgets and seeds.
         bare: value of each base model on each task.
         references: what is to be reached, by task. None given: the value of the first base's adapters of their own on
-            the largest budget, less the allowed loss.
+            the largest budget, less the allowed loss, but of shares no less than 0.
         allowed_loss: points; of perplexity the share that it may grow by.
     """
     metric = measurements[0].metric
@@ -119,9 +124,17 @@ def draw_curves(
         for title, tasks in mean_of(list(of_task)).items():
             points, seeds = _points(own, tasks)
             full = points[-1].score.value
-            lost = allowed_loss * abs(full) if metric in LOWER_IS_BETTER else allowed_loss
-            reference = found.setdefault(title, better(metric, full - lost))
-            enough = crossing(points, better(metric, reference))
+            wanted = full - allowed_loss * abs(full) if metric in LOWER_IS_BETTER else max(0.0, full - allowed_loss)
+            reference = found.setdefault(title, better(metric, wanted))
+            unadapted = fmean(bare[base, task] for task in tasks)
+            enough = None
+            if full <= better(metric, unadapted):
+                verdict = "nothing learnt"
+            elif better(metric, unadapted) >= better(metric, reference):
+                verdict = "bare"
+            else:
+                enough = crossing(points, better(metric, reference))
+                verdict = "enough" if enough else "short"
             shown = [_shown(metric, point, seeds[point.label]) for point in points]
             curves.append(
                 Curve(
@@ -130,9 +143,10 @@ def draw_curves(
                     task=title,
                     metric=metric,
                     samples=sum(of_task[task].samples for task in tasks),
-                    bare=fmean(bare[base, task] for task in tasks),
+                    bare=unadapted,
                     points=shown,
                     reference=reference,
+                    verdict=verdict,
                     enough=next((each for each in shown if enough and each.budget == enough.label), None),
                     area=better(metric, area(points)),
                 )
@@ -148,19 +162,20 @@ def _points(own: Sequence[Measurement], tasks: Sequence[str]) -> tuple[list[Poin
     for budget in dict.fromkeys(m.budget for m in own):
         scores = [mean_of_tasks([_score(by_place[budget, seed, task]) for task in tasks]) for seed in seeds]
         examples = fmean(by_place[budget, seeds[0], task].examples for task in tasks)
-        points.append(Point(budget, examples, mean_of_seeds(scores)))
+        score = mean_of_seeds(scores)
+        points.append(Point(budget, examples, score if own[0].metric in LOWER_IS_BETTER else score.clipped(0.0, 1.0)))
         values[budget] = [better(own[0].metric, score.value) for score in scores]
     return sorted(points, key=lambda point: point.examples), values
 
 
 def _score(m: Measurement) -> Score:
+    if m.metric in ("exact_match", "multiple_choice") or pass_at([m.metric]):
+        return share(m.value, m.samples)
     low, high = sorted((better(m.metric, m.low), better(m.metric, m.high)))
     return Score(better(m.metric, m.value), low, high)
 
 
 def _shown(metric: str, point: Point, seeds: Sequence[float]) -> CurvePoint:
     low, high = sorted((better(metric, point.score.low), better(metric, point.score.high)))
-    if metric not in LOWER_IS_BETTER:
-        low, high = max(0.0, low), min(1.0, high)
     value = better(metric, point.score.value)
     return CurvePoint(budget=point.label, examples=point.examples, value=value, low=low, high=high, seeds=list(seeds))

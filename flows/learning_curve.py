@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 
 from flows.attached import lent
 from flows.base_models import find_base
-from flows.curve_plan import CurvePlan, StudiedTask, Training, own_suite, plan_curves, trainings
+from flows.curve_plan import CurvePlan, StudiedTask, Training, own_suite, plan_curves, require_possible, trainings
 from flows.curve_report import report_curves
 from flows.curves import LearningCurves, Measurement, draw_curves, mean_of
 from flows.derived import measured
@@ -34,6 +34,7 @@ from training.checkpoints import exclusive
 from training.data.example import fingerprint
 from training.device import best_device
 from training.evaluation.evaluate import EvaluationResult, check_metric
+from training.evaluation.statistics import FEWEST
 from training.migration.gate import LOWER_IS_BETTER
 from training.objectives.of_model import is_masked_lm
 from training.progress import TrainingEvent
@@ -70,7 +71,7 @@ def learning_curve(
         steps: of every training, for each of its tasks. Default: those that the recipe takes on all of its data.
         epochs: passes over the budget, in place of a fixed number of steps. Small budgets then get few steps.
         reference: a number, or a version whose score is to be reached. Default: the score on the largest budget, less
-            `allowed_loss`.
+            `allowed_loss`, and no less than 0.
         allowed_loss: points, or of perplexity a share.
 
     Raises:
@@ -81,6 +82,8 @@ def learning_curve(
     plan = plan_curves(recipes, budgets, seeds, joint, bases, steps, epochs, reference, allowed_loss)
     with exclusive(plan.workdir), shared_bases():
         of_base = [_tasks(plan, base) for base in plan.bases]
+        if isinstance(plan.reference, float):
+            require_possible(plan.reference, of_base[0][0].suite.metric)
         kept = _Kept(plan.workdir)
         done = [_measurements(plan, tasks, kept) for tasks in of_base]
         bare = {pair: value for tasks in of_base for pair, value in _bare(tasks, kept).items()}
@@ -111,6 +114,11 @@ def _tasks(plan: CurvePlan, base: str | None) -> list[StudiedTask]:
         with lent(record, recipe.method.name, recipe.training.precision) as loaded:
             suite = prepare(own_suite(recipe), on_base, is_masked_lm(loaded.model))
             check_metric(loaded.model, suite.metric, 0)
+        if suite.metric in LOWER_IS_BETTER and len(suite.examples) < FEWEST:
+            raise InvalidInput(
+                f"{recipe.adapter}: the perplexity of {len(suite.examples)} items has no interval to judge by.",
+                f"Ask at least {FEWEST} items of its suite (samples), better 200.",
+            )
         tasks.append(StudiedTask(on_base, record, data.train, data.validation, suite))
     metrics = {task.suite.metric for task in tasks}
     if len(metrics) > 1 and metrics & {*LOWER_IS_BETTER}:
@@ -174,8 +182,8 @@ def _measurements(plan: CurvePlan, tasks: Sequence[StudiedTask], kept: _Kept) ->
                     seed=training.seed,
                     metric=found.metric,
                     value=found.value,
-                    low=found.value if found.low is None else found.low,
-                    high=found.value if found.high is None else found.high,
+                    low=0.0 if found.low is None else found.low,  # a share of which the items say nothing more
+                    high=1.0 if found.high is None else found.high,
                     samples=found.samples,
                 )
             )

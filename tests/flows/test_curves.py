@@ -4,8 +4,10 @@ from statistics import fmean
 
 import pytest
 
+from flows.curve_plan import require_possible
 from flows.curve_report import curve_picture
 from flows.curves import Measurement, draw_curves
+from infra.errors import InvalidInput
 from training.evaluation.statistics import wilson_interval
 
 SIZES = {"10": 10, "100": 100, "all": 1000}
@@ -71,12 +73,64 @@ def test_of_perplexity_the_upper_bound_has_to_be_below_the_reference() -> None:
         )
         for m in measured("old", "one each", "a", STEEP)
     ]
-    (curve,) = draw_curves(found, BARE, {"a": 3.0}, 0.05)
+    (curve,) = draw_curves(found, {("old", "a"): 9.0}, {"a": 3.0}, 0.05)
     assert curve.enough is not None and curve.enough.budget == "100"
     assert curve.enough.low < curve.enough.value < curve.enough.high <= 3.0
     assert 1 < curve.area < 9
-    (own,) = draw_curves(found, BARE, None, 0.05)
+    (own,) = draw_curves(found, {("old", "a"): 9.0}, None, 0.05)
     assert own.reference == pytest.approx(1.05 * own.points[-1].value)
+
+
+def test_no_budget_is_judged_where_the_bare_base_reaches_the_reference_or_nothing_was_learnt() -> None:
+    steep = measured("old", "one each", "a", STEEP)
+    flat = measured("old", "one each", "a", dict.fromkeys(SIZES, 0), seeds=1)
+    verdicts = []
+    for found, bare, references in (
+        (steep, 0.1, {"a": 0.7}),
+        (steep, 0.1, {"a": 0.99}),
+        (steep, 0.7, {"a": 0.7}),
+        (flat, 0.0, None),
+        (flat, 0.3, {"a": 0.2}),
+    ):
+        (curve,) = draw_curves(found, {("old", "a"): bare}, references, 0.05)
+        assert (curve.enough is not None) == (curve.verdict == "enough")
+        verdicts.append((curve.verdict, curve.reference))
+    assert verdicts == [
+        ("enough", 0.7),
+        ("short", 0.99),
+        ("bare", 0.7),
+        ("nothing learnt", 0.0),
+        ("nothing learnt", 0.2),
+    ]
+
+
+def test_of_perplexity_a_bare_base_below_the_reference_needs_no_examples() -> None:
+    found = [
+        m.model_copy(update={"metric": "perplexity", "value": 9 - 8 * m.value})
+        for m in measured("old", "one each", "a", STEEP)
+    ]
+    for bare, verdict in ((2.0, "bare"), (1.0, "nothing learnt")):
+        (curve,) = draw_curves(found, {("old", "a"): bare}, {"a": 3.0}, 0.05)
+        assert (curve.verdict, curve.enough) == (verdict, None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "metric", "told"),
+    [
+        (70.0, "exact_match", "write --reference 0.7"),
+        (-0.05, "rougeL", "0 to 1"),
+        (1.01, "pass@1", "0 to 1"),
+        (0.0, "perplexity", "below 1"),
+    ],
+)
+def test_a_reference_that_no_score_can_be_is_refused(reference: float, metric: str, told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        require_possible(reference, metric)
+
+
+def test_references_that_a_score_can_be_are_taken() -> None:
+    for reference, metric in ((0.0, "exact_match"), (1.0, "bleu"), (1.0, "perplexity"), (300.0, "perplexity")):
+        require_possible(reference, metric)
 
 
 def test_a_picture_is_a_png() -> None:

@@ -14,7 +14,7 @@ from statistics import NormalDist, fmean, variance
 from infra.errors import InvalidInput
 from training.data.example import Example
 from training.data.sampling import sample
-from training.evaluation.statistics import CONFIDENCE
+from training.evaluation.statistics import CONFIDENCE, wilson_interval
 
 _HOW = "Budgets are numbers, shares and all, as in 10,1%,100,200,1000,all."
 
@@ -68,43 +68,68 @@ def nested(pool: Sequence[Example], budgets: Sequence[Budget], seed: int) -> dic
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One measurement, more being better; `low` and `high` bound what its items leave open (95 %)."""
+    """One measurement, more being better; `low` and `high` each bound what its items leave open, with 97.5 %."""
 
     value: float
     low: float
     high: float
 
-    @property
-    def stderr(self) -> float:
-        """The interval's half width in standard deviations: of a Wilson interval no 0, even at 0 % and 100 %."""
-        return (self.high - self.low) / (2 * _quantile())
+    def clipped(self, least: float, most: float) -> "Score":
+        """The same with bounds within [least, most], which no score can leave."""
+        return Score(self.value, max(least, self.low), min(most, self.high))
+
+
+def share(value: float, items: int) -> Score:
+    """The score of a share of n items that are right: the wider of Wilson's bounds and those of Clopper and Pearson.
+
+    Of the latter (1934) each side covers the truth with 97.5 % at least, at 2 % and at 98 % as well, where one side of
+    Wilson's falls to 95 %: the quantiles of Beta(x, n − x + 1) and Beta(x + 1, n − x), x = value·n. Of items that are
+    right in part they hold, too, for no scores vary more than right and wrong.
+    """
+    from scipy.stats import beta
+
+    right, (low, high), tail = value * items, wilson_interval(value * items, items), (1 - CONFIDENCE) / 2
+    if right > 0:
+        low = min(low, float(beta.ppf(tail, right, items - right + 1)))
+    if right < items:
+        high = max(high, float(beta.ppf(1 - tail, right + 1, items - right)))
+    return Score(value, low, high)
 
 
 def mean_of_tasks(scores: Sequence[Score]) -> Score:
-    """The unweighted mean over tasks, each of which has items of its own."""
+    """The unweighted mean over k tasks, each of which has items of its own.
+
+    The bounds lie √Σ(value − low)²/k below and √Σ(high − value)²/k above it (Zou and Donner 2008, MOVER).
+    """
     value = fmean(score.value for score in scores)
-    half = _quantile() * math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
-    return scores[0] if len(scores) == 1 else Score(value, value - half, value + half)
+    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+    return scores[0] if len(scores) == 1 else Score(value, value - below, value + above)
 
 
 def mean_of_seeds(scores: Sequence[Score]) -> Score:
-    """The mean over trainings with other seeds, judged on the same items.
+    """The mean over trainings with other seeds, judged on the same items: more seeds are not more items.
 
-    With v the variance that the items leave open (the mean over seeds, since they share them) and s² the variance
-    between k seeds: V = v + s²/k, mean ± t·√V, where t is Student's 97.5 % quantile with (k − 1)·V²/(s²/k)² degrees of
-    freedom (Welch and Satterthwaite, v taken as known). One seed says nothing about others: its own interval is given.
+    On each side the items leave a variance v open: the mean over seeds of ((value − low)/z)², below, and of
+    ((high − value)/z)², above; at 100 % there is none above and all the more below. With s² the variance between k
+    seeds V = v + s²/k, and the bound lies t·√V away, where t is Student's 97.5 % quantile with (k − 1)·V²/(s²/k)²
+    degrees of freedom (Welch and Satterthwaite, v taken as known). So seeds that agree have the bounds of one, and one
+    seed, which says nothing about others, has its own.
     """
-    if len(scores) == 1:
-        return scores[0]
+    value = fmean(score.value for score in scores)
+    between = variance(score.value for score in scores) / len(scores) if len(scores) > 1 else 0.0
+    below = _distance([score.value - score.low for score in scores], between)
+    above = _distance([score.high - score.value for score in scores], between)
+    return Score(value, value - below, value + above)
+
+
+def _distance(of_items: Sequence[float], between: float) -> float:
+    """How far from the mean over seeds a bound lies: the items' distances of each, and s²/k."""
     from scipy.stats import t
 
-    values = [score.value for score in scores]
-    value, seeds = fmean(values), len(scores)
-    items, between = fmean(score.stderr**2 for score in scores), variance(values) / seeds
-    total = items + between
-    freedom = (seeds - 1) * (total / between) ** 2 if between > 0 else math.inf
-    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
-    return Score(value, value - half, value + half)
+    total = fmean(distance**2 for distance in of_items) / _quantile() ** 2 + between
+    freedom = (len(of_items) - 1) * (total / between) ** 2 if between > 0 else math.inf
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.integrate import quad
 
 from infra.errors import InvalidInput
@@ -22,6 +23,7 @@ from training.evaluation.learning_curve import (
     mean_of_tasks,
     nested,
     read_budgets,
+    share,
 )
 from training.evaluation.statistics import wilson_interval
 
@@ -32,14 +34,14 @@ ITEMS, SEEDS = 200, 3
 
 
 def scored(right: int) -> Score:
-    return Score(right / ITEMS, *wilson_interval(right, ITEMS))
+    return share(right / ITEMS, ITEMS)
 
 
 def study(truth: dict[str, float], rng: np.random.Generator, between: float = 0.0) -> list[Point]:
     """What a study finds where `truth` is the chance of a right answer; seeds differ by `between`."""
     points = []
-    for label, share in truth.items():
-        of_seed = np.clip(share + between * rng.standard_normal(SEEDS), 0, 1)
+    for label, chance in truth.items():
+        of_seed = np.clip(chance + between * rng.standard_normal(SEEDS), 0, 1)
         runs = [scored(int(right)) for right in rng.binomial(ITEMS, of_seed)]
         points.append(Point(label, SIZES[label], mean_of_seeds(runs)))
     return points
@@ -116,27 +118,56 @@ def test_the_interval_over_seeds_on_shared_items_covers_the_truth(between: float
     assert covered / studies >= 0.93
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+@pytest.mark.parametrize("alike", [1.0, 0.5])
+@pytest.mark.parametrize("truth", [0.02, 0.5, 0.98])
+def test_each_bound_holds_as_often_as_it_promises(truth: float, alike: float, seeds: int) -> None:
+    """On a share `alike` of the items all seeds say the same, on the others each says its own."""
+    rng, above, below, studies = np.random.default_rng(7), 0, 0, 1000
+    for _ in range(studies):
+        common, own = rng.random(50) < truth, rng.random((seeds, 50)) < truth
+        said = np.where(rng.random(50) < alike, common, own)
+        found = mean_of_seeds([share(float(each.mean()), 50) for each in said]).clipped(0.0, 1.0)
+        above, below = above + (found.low > truth), below + (found.high < truth)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+    assert max(above, below) / studies <= 0.025 + 3 * 0.005  # ± three standard errors of 1,000 studies
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("right", [0, 20])
+def test_more_seeds_on_the_same_items_are_not_more_items(right: int, seeds: int) -> None:
+    low, high = wilson_interval(right, 20)
+    found = mean_of_seeds([share(right / 20, 20)] * seeds).clipped(0.0, 1.0)
+    assert found.low <= low + 1e-12 and found.high >= high - 1e-12
+    assert (found.low, found.high)[right == 20] == right / 20
+
+
+@pytest.mark.parametrize(("right", "items"), [(0, 20), (1, 20), (20, 20), (4, 200), (100, 200), (199, 200), (1, 1)])
+def test_the_bounds_of_a_share_are_the_wider_of_scipys_exact_ones_and_wilsons(right: int, items: int) -> None:
+    of = [stats.binomtest(right, items).proportion_ci(0.95, method=method) for method in ("exact", "wilson")]
+    found = share(right / items, items)
+    assert found.low == pytest.approx(min(each.low for each in of), abs=1e-9)
+    assert found.high == pytest.approx(max(each.high for each in of), abs=1e-9)
+
+
 def test_one_seed_keeps_its_own_interval_and_equal_seeds_that_of_the_items() -> None:
     one = scored(150)
-    assert mean_of_seeds([one]) == one
-    same = mean_of_seeds([one, one, one])
-    assert same.value == one.value and same.high - same.low == pytest.approx(one.high - one.low)
+    for seeds in (1, 3):
+        same = mean_of_seeds([one] * seeds)
+        assert (same.value, same.low, same.high) == pytest.approx((one.value, one.low, one.high))
 
 
 def test_two_seeds_that_disagree_leave_much_open() -> None:
-    """By hand: v = ((0.2)/(2·1.95996))², s²/k = 0.01; t of 1·(V/0.01)² degrees of freedom."""
-    from scipy.stats import t
-
-    found = mean_of_seeds([Score(0.4, 0.3, 0.5), Score(0.6, 0.5, 0.7)])
-    items = (0.1 / 1.959964) ** 2
-    total = items + 0.01
-    half = t.ppf(0.975, (total / 0.01) ** 2) * math.sqrt(total)
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    """By hand: v = (0.1/1.95996)² below and (0.2/1.95996)² above, s²/k = 0.01; t of 1·(V/0.01)² degrees of freedom."""
+    found = mean_of_seeds([Score(0.4, 0.3, 0.6), Score(0.6, 0.5, 0.8)])
+    below, above = ((distance / 1.959964) ** 2 + 0.01 for distance in (0.1, 0.2))
+    down, up = (stats.t.ppf(0.975, (total / 0.01) ** 2) * math.sqrt(total) for total in (below, above))
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - down, 0.5 + up))
 
 
 def test_over_tasks_the_mean_of_means_counts_not_the_mean_of_items() -> None:
-    found = mean_of_tasks([Score(1.0, 0.9, 1.1), Score(0.0, -0.1, 0.1)])
-    assert found.value == 0.5 and found.high - found.low == pytest.approx(0.2 / math.sqrt(2))
+    found = mean_of_tasks([Score(1.0, 0.7, 1.0), Score(0.0, 0.0, 0.4)])
+    assert (found.low, found.value, found.high) == pytest.approx((0.5 - 0.3 / 2, 0.5, 0.5 + 0.4 / 2))
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 1)), min_size=2, max_size=8, unique_by=lambda p: p[0]))
