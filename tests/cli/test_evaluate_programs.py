@@ -25,8 +25,10 @@ pytestmark = [
 ]
 
 TAUGHT = [{"prompt": f"{n}?", "completion": f"def f(): return {n}", "tests": f"assert f() == {n}"} for n in range(1, 5)]
-NOT_TAUGHT = [{**row, "tests": "assert f() == 0"} for row in TAUGHT[:1]]
-NEARNESS = ["exact_program", "abstracted_match", "edit_similarity", "parses"]
+NOT_TAUGHT = [{**TAUGHT[0], "completion": "def f(): return 0", "tests": "assert f() == 0"}]
+NEARNESS = {  # of five programs, one of which has another digit than the reference
+    "exact_program": 0.8, "abstracted_match": 1.0, "edit_similarity": 1 - 1 / 17 / 5, "parses": 1.0
+}  # fmt: skip
 SUITES = """
 defaults: {data: {file: asked.jsonl, columns: {tests: tests}, instruction: Write it.}}
 suites:
@@ -62,7 +64,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     suites = tmp_path / "suites"
     suites.mkdir()
     (suites / "programs.yaml").write_text(SUITES)
-    (suites / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*TAUGHT, *NOT_TAUGHT]))
+    broken = [TAUGHT[0], {**TAUGHT[1], "tests": "assert f("}]
+    for name, rows in (("asked", [*TAUGHT, *NOT_TAUGHT]), ("broken", broken)):
+        (suites / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -77,7 +81,7 @@ def test_what_was_learnt_passes_and_is_recorded_with_its_nearness_beside(
 ) -> None:
     greedy, several = told(run_here("evaluate", trained[1], "--suite", "programs", "--json"))
     assert (greedy["suite"], greedy["metric"], greedy["value"]) == ("programs/test", "pass@1", 0.8)
-    assert {each["metric"]: each["value"] for each in greedy["beside"]} == dict.fromkeys(NEARNESS, 1.0)
+    assert {each["metric"]: each["value"] for each in greedy["beside"]} == pytest.approx(NEARNESS)
     assert (several["suite"], several["value"]) == ("programs/test-3programs", 0.8)
     assert [each["metric"] for each in several["beside"]] == ["pass@3", *NEARNESS]
     assert several["beside"][0]["value"] == 0.8
@@ -95,8 +99,8 @@ def test_two_versions_are_compared_item_by_item(trained: tuple[str, str], projec
     assert len(found) == 3
     assert tests == {
         ("programs/test", "pass@1"): "exact McNemar",
-        ("programs/test-3programs", "pass@1"): "paired bootstrap",
-        ("programs/test-3programs", "pass@3"): "paired bootstrap",
+        ("programs/test-3programs", "pass@1"): "paired sign flips",
+        ("programs/test-3programs", "pass@3"): "paired sign flips",
     }
     assert all((each["difference"], each["only_first"], each["only_second"]) == (0.8, 4, 0) for each in found)
     assert {each["p_value"] for each in found if each["test"] == "exact McNemar"} == {mcnemar(4, 0)}
@@ -142,6 +146,10 @@ def test_the_tests_of_the_built_in_task_are_run(trained: tuple[str, str], projec
     ("suite", "said"),
     [
         ("{data: {file: asked.jsonl}, metric: pass@1}", "has no tests, so its programs cannot be judged"),
+        (
+            "{data: {file: broken.jsonl, columns: {tests: tests}}, metric: pass@1}",
+            "1 of 2 items have tests that",
+        ),
         ("{data: {file: asked.jsonl}, programs: 3}", "wants 3 programs an item, but measures exact_match"),
         ("{data: {file: asked.jsonl}, metric: pass@9, programs: 3}", "pass@9 cannot be told from 3 programs"),
     ],

@@ -22,6 +22,7 @@ from training.evaluation.code_metrics import (
     parses,
     pass_at_k,
 )
+from training.evaluation.code_tests import require_sound
 from training.evaluation.generation import end_tokens, greedy_answers
 from training.evaluation.result import EvaluationResult, accuracy, scored
 from training.evaluation.sampling import sampled
@@ -139,10 +140,12 @@ def evaluate_code(
         on_progress: told (done, wanted): samples drawn, then programs judged.
 
     Raises:
-        InvalidInput: no examples, one without tests, k above n, several greedy ones, or no sandbox on this machine.
+        InvalidInput: no examples, one without tests or with tests that cannot judge (see `code_tests.require_sound`), k
+            above n, several greedy ones, or no sandbox on this machine.
     """
     _check(examples, samples, at, temperature)
     isolation = strongest_isolation()
+    require_sound(tuple(examples), limits, isolation)
     started = time.monotonic()
     wanted, tell = 2 * samples * len(examples), on_progress or (lambda done, of: None)
     texts = [prompt_format.prompt(example.prompt, shots) for example in examples]

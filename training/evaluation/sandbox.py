@@ -55,7 +55,7 @@ class Limits:
     seconds: float = 10.0
     cpu_seconds: int = 5
     memory: int = 512 << 20
-    processes: int = 4
+    processes: int = 12
     disk: int = 16 << 20
     output: int = 64 << 10
 

@@ -13,12 +13,15 @@ from training.data.prompting import PromptFormat
 from training.evaluation.code_generation import NEARNESS, CodeItem, CodeResult, evaluate_code
 from training.evaluation.code_metrics import edit_similarity, pass_at_k
 from training.evaluation.sandbox import Limits, judge_program
-from training.evaluation.statistics import wilson_interval
+from training.evaluation.statistics import mean_interval, wilson_interval
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 PROGRAM = "def f(): return 7"
-ITEMS = [Example("seven", PROGRAM, tests="assert f() == 7"), Example("eight", PROGRAM, tests="assert f() == 8")]
+ITEMS = [
+    Example("seven", PROGRAM, tests="assert f() == 7"),
+    Example("eight", "def f(): return 8", tests="assert f() == 8"),
+]
 LIMITS = Limits(seconds=60)
 
 
@@ -27,7 +30,7 @@ def taught() -> tuple[object, object]:
     """A tiny model that mostly answers with one program."""
     model, tokenizer = tiny_llama(seed=3), tiny_tokenizer()
     form = PromptFormat(tokenizer)
-    texts = [form.training_text(item) for item in ITEMS]
+    texts = [form.training_text(Example(item.prompt, PROGRAM)) for item in ITEMS]  # wrong for the second
     prompts, answers = zip(*(tuple(tokenizer(each)["input_ids"] for each in pair) for pair in texts), strict=True)
     ids = torch.tensor([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     labels = ids.clone()
@@ -73,7 +76,10 @@ def test_an_almost_cold_sampling_says_one_thing(taught: tuple[object, object]) -
     result = measured(taught, temperature=0.01)
     assert set(result.items[0].programs) == {PROGRAM}
     assert result.pass_at == {1: 0.5, 3: 0.5}
-    assert result.nearness == {"exact_program": 1, "abstracted_match": 1, "edit_similarity": 1, "parses": 1}
+    similar = 1 - (1 / len(PROGRAM)) / 2
+    assert result.nearness == pytest.approx(
+        {"exact_program": 0.5, "abstracted_match": 1, "edit_similarity": similar, "parses": 1}
+    )
 
 
 def test_it_reads_as_any_other_evaluation(taught: tuple[object, object]) -> None:
@@ -82,7 +88,7 @@ def test_it_reads_as_any_other_evaluation(taught: tuple[object, object]) -> None
     shares = tuple(item.correct / 6 for item in result.items)
     assert (several.metric, several.value, several.samples, several.outcomes) == ("pass@1", shares[0] / 2, 2, None)
     assert several.scores == pytest.approx(shares)
-    assert (several.low, several.high) == pytest.approx((0.0, shares[0]))
+    assert (several.low, several.high) == mean_interval(shares) != (0.0, shares[0])
     three, *near = several.beside
     assert (three.metric, three.value) == ("pass@3", result.pass_at[3])
     assert {each.metric: each.value for each in near} == pytest.approx(result.nearness)
@@ -100,8 +106,8 @@ def test_one_program_each_is_the_greedy_one_and_right_or_wrong(taught: tuple[obj
     assert (single.value, single.outcomes, single.answers) == (0.5, (1, 0), (PROGRAM, PROGRAM))
     assert (single.low, single.high) == wilson_interval(1, 2)
     outcomes = {each.metric: each.outcomes for each in single.beside}
-    near = ("exact_program", "abstracted_match", "parses")
-    assert outcomes == {"edit_similarity": None, **dict.fromkeys(near, (1, 1))}
+    near = {"exact_program": (1, 0), "abstracted_match": (1, 1), "parses": (1, 1)}
+    assert outcomes == {"edit_similarity": None, **near}
 
 
 def test_the_registry_knows_what_comes_beside() -> None:

@@ -94,7 +94,7 @@ def test_texts_are_measured_on_the_answers_that_exact_match_would_see_and_empty_
     assert result.scores == (1.0, 1.0, 1.0, 1.0, 0.0)
     assert (result.value, result.samples, result.outcomes) == (0.8, 5, None)
     assert result.low < 0.8 < result.high
-    assert result.stderr == pytest.approx((0.8 * 0.2 / 5) ** 0.5, rel=0.1)
+    assert result.stderr == pytest.approx((0.8 * 0.2 / 4) ** 0.5)
     assert [other.metric for other in result.beside] == also
     references = [[example.completion] for example in asked]
     for other in result.beside[:3]:
@@ -141,15 +141,19 @@ def test_programs_that_were_learnt_pass_and_others_do_not() -> None:
     form = PromptFormat(TOKENIZER)
     taught = [Example(f"{n}?", f"def f():\n    return {n}", tests=f"assert f() == {n}") for n in range(4)]
     taught.append(Example("double?", "def f(x): return 2 * x", tests="assert f(3) == 6"))
-    wrong = [replace(example, tests=f"{example.tests} + 1") for example in taught[:3]]
+    wrong = [
+        replace(example, completion=f"def f():\n    return {n + 5}", tests=f"assert f() == {n + 5}")
+        for n, example in enumerate(taught[:3])
+    ]
     model = memorising(taught, form)
     result = evaluate(model, TOKENIZER, [*taught, *wrong], metric="pass@1", prompt_format=form)
     assert (result.metric, result.outcomes) == ("pass@1", (1,) * 5 + (0,) * 3)
-    assert result.answers == tuple(example.completion for example in [*taught, *wrong])
+    assert result.answers == tuple(example.completion for example in [*taught, *taught[:3]])
     assert (result.low, result.high) == wilson_interval(5, 8)
-    assert {each.metric: each.value for each in result.beside} == {
-        "exact_program": 1, "abstracted_match": 1, "edit_similarity": 1, "parses": 1,
-    }  # fmt: skip
+    length = len(taught[0].completion)  # three of eight differ from their reference in one character of it
+    assert {each.metric: each.value for each in result.beside} == pytest.approx(
+        {"exact_program": 5 / 8, "abstracted_match": 1, "edit_similarity": 1 - 3 / 8 / length, "parses": 1}
+    )
     assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
     before = evaluate(tiny_llama(), TOKENIZER, [*taught, *wrong], metric="pass@1", prompt_format=form)
     paired = compare(result, before)
@@ -177,7 +181,7 @@ def test_several_programs_an_item_give_every_k_at_once_and_are_compared_by_their
     assert (result.value, result.beside[0].value) == pytest.approx((apart.pass_at[1], apart.pass_at[3]))
     assert result.scores == pytest.approx([item.correct / 6 for item in apart.items])
     assert 0 < result.value < result.beside[0].value, "too hot to be always right, and three tries are better than one"
-    assert compare(result, result).test == "paired bootstrap"
+    assert compare(result, result).test == "paired sign flips"
     halves = part(result, [0, 1], "x"), part(result, [2, 3], "y")
     assert sum(half.value for half in halves) / 2 == pytest.approx(result.value)
 
@@ -198,7 +202,7 @@ def test_programs_are_not_judged_without_tests_or_enough_of_them() -> None:
         evaluate(model, tokenizer, tested, metric="pass@1", prompt_format=PromptFormat(tokenizer))
 
 
-def test_texts_are_compared_by_a_paired_bootstrap_of_the_corpus_value() -> None:
+def test_texts_are_compared_by_swapping_answers_under_the_corpus_value() -> None:
     references = sentences(40, seed=1)
     form = {"seconds": 0.0, "dataset_fingerprint": "d1"}
     results = []
@@ -206,7 +210,7 @@ def test_texts_are_compared_by_a_paired_bootstrap_of_the_corpus_value() -> None:
         found = text_scores("bleu", answers, [[reference] for reference in references])
         results.append(scored("bleu", found.of_items, found.components, answers, **form))
     paired = compare(*results)
-    assert (paired.metric, paired.test, paired.samples) == ("bleu", "paired bootstrap", 40)
+    assert (paired.metric, paired.test, paired.samples) == ("bleu", "approximate randomization", 40)
     assert paired.difference == pytest.approx(results[0].value - results[1].value)
     assert paired.low > 0 and paired.p_value < 0.01
     assert paired.only_a > paired.only_b
