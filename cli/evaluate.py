@@ -1,14 +1,18 @@
 """`regraft evaluate`."""
 
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from cli.console import Json, console, print_json
+from cli.console import Json, console, errors, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flows.comparisons import Comparison
+    from infra.errors import RegraftError
     from registry import AdapterRegistry
 
 
@@ -16,7 +20,8 @@ def evaluate(
     subject: Annotated[str, typer.Argument(help="NAME@VERSION, NAME@ALIAS, or a base model (its bare performance).")],
     task: Annotated[list[str] | None, typer.Option(help="Built-in task(s) instead of the recipe's suites.")] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="Suite file(s): NAME of suites/NAME.yaml, or a path to a .yaml file.")
+        list[str] | None,
+        typer.Option(help="Suite file(s): NAME of suites/NAME.yaml, NAME/SUITE for one of its suites, or a path."),
     ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Solved examples in front of every question.")] = 0,
     samples: Annotated[
@@ -41,8 +46,8 @@ def evaluate(
     and buckets of prompt length.
 
     With --against and --forgetting each suite is tested item by item: exact
-    McNemar where items are right or wrong, else a paired bootstrap. p-values
-    come plain, and corrected for the number of tests (Holm).
+    McNemar where items are right or wrong, else sign flips. p-values come
+    plain, and corrected for the number of tests (Holm).
 
     Examples:
       [bold]regraft evaluate counting@3[/]
@@ -72,8 +77,12 @@ def evaluate(
             f"'{subject}' is a base model: say on which task to measure it.",
             f"regraft evaluate {subject} --task NAME; for the names: regraft tasks list",
         )
-    for address in filter(None, [subject if is_version else None, *(against or ())]):
-        registry.get(address)
+    own = registry.get(subject).address if is_version else None
+    others: dict[str, str] = {}
+    for address in against or ():
+        others.setdefault(registry.get(address).address, address)
+    if own in others:
+        raise InvalidInput(f"{others[own]} is {subject} itself.", "Name another version with --against.")
     from flows.suites import suites_for
 
     files = suite or (["general"] if forgetting and not task else [])
@@ -81,23 +90,49 @@ def evaluate(
     connect_flows()  # what needs no server has come first
     from flows.comparisons import compare_versions
     from flows.comparisons import forgetting as against_base
-    from flows.evaluate_adapter import evaluate_adapter, evaluate_base, run_harness_tasks
+    from flows.evaluate_adapter import PartlyMeasured, evaluate_adapter, evaluate_base, run_harness_tasks
 
+    comparisons: list[Comparison] = []
     with live_progress():
         if harness:
-            results = run_harness_tasks(subject, harness, limit=samples)
-        elif is_version:
-            results = evaluate_adapter(subject, suites)
+            results, failed = run_harness_tasks(subject, harness, limit=samples), None
         else:
-            results = evaluate_base(subject, suites)
-        comparisons = compare_versions(subject, against, suites) if against else []
-        comparisons += against_base(subject, suites) if forgetting else []
+            measure = evaluate_adapter if is_version else evaluate_base
+            results, failed = _as_far_as_it_goes(partial(measure, subject, suites))
+        if failed and not results:
+            raise failed
+        failures = [failed] if failed else []
+        without = failed.failed if isinstance(failed, PartlyMeasured) else ()
+        for compared in (
+            *([partial(compare_versions, subject, list(others.values()), suites, without)] if others else []),
+            *([partial(against_base, subject, suites, without)] if forgetting else []),
+        ):
+            found, failed = _as_far_as_it_goes(compared)
+            comparisons += found
+            failures += [failed] if failed else []
     if as_json:
         print_json({"results": results, "comparisons": comparisons} if against or forgetting else results)
-        return
-    tell_results(results)
-    for found in comparisons:
-        console.print(_told(subject, found, len(comparisons)))
+    else:
+        tell_results(results)
+        for each in comparisons:
+            console.print(_told(subject, each, len(comparisons)))
+    for error in failures[:-1]:
+        errors.print(f"[bold red]✗[/] {escape(error.what)}", soft_wrap=True)
+    if failures:
+        raise failures[-1]
+
+
+def _as_far_as_it_goes(measure: "Callable[[], list[Any]]") -> "tuple[list[Any], RegraftError | None]":
+    """What was measured, and the error that there is to tell at the end."""
+    from flows.evaluate_adapter import PartlyMeasured
+    from infra.errors import Interrupted, RegraftError
+
+    try:
+        return measure(), None
+    except Interrupted:
+        raise
+    except RegraftError as error:
+        return error.done if isinstance(error, PartlyMeasured) else [], error
 
 
 def _told(subject: str, found: "Comparison", tests: int) -> str:

@@ -1,12 +1,22 @@
 """Versions held against each other, and against their bare base, on the same items."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 
 from pydantic import BaseModel, ConfigDict
 
 from flows.base_models import find_base
-from flows.evaluate_adapter import bare, items_for, measure_and_record, run_suite, with_parts
+from flows.evaluate_adapter import (
+    as_far_as_possible,
+    bare,
+    items_for,
+    measure_and_record,
+    run_suite,
+    tell_failures,
+    with_parts,
+)
 from flows.suites import Prepared
+from infra.errors import RegraftError
 from registry import AdapterRegistry
 from registry.records import EvaluationRecord
 from serving.loading import LoadedAdapter, load
@@ -51,32 +61,60 @@ class Comparison(BaseModel):
 Results = dict[tuple[str, str], EvaluationResult]  # by title and metric
 
 
-def compare_versions(first: str, others: Sequence[str], suites: tuple[Suite, ...] = ()) -> list[Comparison]:
+def compare_versions(
+    first: str, others: Sequence[str], suites: tuple[Suite, ...] = (), without: Sequence[str] = ()
+) -> list[Comparison]:
     """A paired test of a version against each other one, on each suite and metric, and on each bucket.
 
-    What is recorded already is not measured again.
+    What is recorded already is not measured again. A bucket that holds all items of its suite is no test of its own.
+
+    Args:
+        first: address of the version.
+        others: addresses of the others.
+        suites: none given: those of the first's own recipe.
+        without: titles of suites that cannot be measured.
+
+    Raises:
+        PartlyMeasured: a suite failed on one of them, after all else was compared.
     """
     mine = load(first)
-    drawn = items_for(mine.version, suites, mine)
-    own = _results(first, drawn, mine)
-    return _compared(own, {other: _results(other, drawn) for other in others})
+    drawn = [suite for suite in items_for(mine.version, suites, mine) if suite.title not in without]
+    own = _merged([_results(first, suite, lambda: mine) for suite in drawn])
+    theirs, failed = dict[str, Results](), dict[str, RegraftError]()
+    for other in others:
+        found, errors = as_far_as_possible(drawn, partial(_results, other, adapter=cache(partial(load, other))))
+        theirs[other] = _merged(found)
+        failed |= {f"{title} of {other}": error for title, error in errors.items()}
+    comparisons = _compared(own, theirs)
+    tell_failures(failed, comparisons)
+    return comparisons
 
 
-def forgetting(address: str, suites: tuple[Suite, ...]) -> list[Comparison]:
-    """A paired test of a version against its own bare base: below zero is what the adapter has cost."""
+def forgetting(address: str, suites: tuple[Suite, ...], without: Sequence[str] = ()) -> list[Comparison]:
+    """A paired test of a version against its own bare base: below zero is what the adapter has cost.
+
+    Raises:
+        PartlyMeasured: a suite failed on the base, after all else was compared.
+    """
     adapter = load(address)
-    drawn = items_for(adapter.version, suites, adapter)
-    own, before = _results(address, drawn, adapter), Results()
-    base = adapter.version.base
+    drawn = [suite for suite in items_for(adapter.version, suites, adapter) if suite.title not in without]
+    own, base = _merged([_results(address, suite, lambda: adapter) for suite in drawn]), adapter.version.base
     model = bare(find_base(base.reference)[1])
-    for suite in drawn:
+
+    def measured(suite: Prepared) -> Results:
         whole = run_suite(f"{base.name}: {suite.title}", model.model, model.tokenizer, suite)
-        before |= _by_title_and_metric(with_parts(suite, whole))
-    return _compared(own, {base.name: before})
+        return _by_title_and_metric(with_parts(suite, whole))
+
+    found, failed = as_far_as_possible(drawn, measured)
+    comparisons = _compared(own, {base.name: _merged(found)})
+    tell_failures({f"{title} of {base.name}": error for title, error in failed.items()}, comparisons)
+    return comparisons
 
 
 def _compared(own: Results, others: dict[str, Results]) -> list[Comparison]:
-    pairs = [(name, key, compare(own[key], theirs[key])) for name, theirs in others.items() for key in own]
+    pairs = [
+        (name, key, compare(own[key], theirs[key])) for name, theirs in others.items() for key in own if key in theirs
+    ]
     corrected = holm([found.p_value for _, _, found in pairs])
     return [
         Comparison(
@@ -97,17 +135,18 @@ def _compared(own: Results, others: dict[str, Results]) -> list[Comparison]:
     ]
 
 
-def _results(address: str, drawn: Sequence[Prepared], adapter: LoadedAdapter | None = None) -> Results:
-    """What a version got on the very items of the suites: as the registry holds it, else measured now."""
-    recorded, results = AdapterRegistry().evaluations(address), Results()
-    for suite in drawn:
-        wanted = {(title, metric) for title in (suite.title, *suite.parts) for metric in (suite.metric, *suite.also)}
-        known = _recorded(recorded, suite)
-        if not wanted <= set(known):
-            adapter = adapter or load(address)
-            known = _by_title_and_metric(measure_and_record(adapter, suite))
-        results |= {key: known[key] for key in known if key in wanted}  # not what comes beside unasked: calibration
-    return results
+def _results(address: str, suite: Prepared, adapter: Callable[[], LoadedAdapter]) -> Results:
+    """What a version got on the very items of a suite: as the registry holds it, else measured now."""
+    titles = (suite.title, *(part for part, places in suite.parts.items() if len(places) < len(suite.examples)))
+    wanted = [(title, metric) for title in titles for metric in (suite.metric, *suite.also)]  # calibration is not
+    known = _recorded(AdapterRegistry().evaluations(address), suite)
+    if not set(wanted) <= set(known):
+        known = _by_title_and_metric(measure_and_record(adapter(), suite))
+    return {key: known[key] for key in wanted}
+
+
+def _merged(found: Iterable[Results]) -> Results:
+    return {key: result for each in found for key, result in each.items()}
 
 
 def _by_title_and_metric(results: dict[str, EvaluationResult]) -> Results:

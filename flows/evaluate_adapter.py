@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -18,7 +18,7 @@ from flows.progress import Stage
 from flows.reliability import reliability_diagram
 from flows.reports import report_picture, report_table
 from flows.suites import Prepared, default_suites, in_parts, prepare
-from infra.errors import InvalidInput, ServiceUnavailable
+from infra.errors import Interrupted, InvalidInput, RegraftError, ServiceUnavailable
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.records import VersionRecord
@@ -34,6 +34,7 @@ from training.evaluation.suite import Suite
 from training.objectives.of_model import is_masked_lm
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 class SuiteResult(BaseModel):
@@ -55,6 +56,43 @@ class SuiteResult(BaseModel):
     beside: list["SuiteResult"] = Field([], description="Other metrics of the same answers.")
 
 
+class PartlyMeasured(InvalidInput):
+    """Some suites could not be measured: those titled `failed`. All others were, and `done` is what was found."""
+
+    def __init__(self, what: str, remedy: str = "", done: Sequence[Any] = (), failed: Sequence[str] = ()) -> None:
+        super().__init__(what, remedy)
+        self.done = list(done)
+        self.failed = tuple(failed)
+
+
+def as_far_as_possible(
+    suites: Iterable[Prepared], measure: Callable[[Prepared], Found]
+) -> tuple[list[Found], dict[str, RegraftError]]:
+    """What `measure` finds of each suite, and the errors of those that it failed on, by title."""
+    done, failed = list[Found](), dict[str, RegraftError]()
+    for suite in suites:
+        try:
+            done.append(measure(suite))
+        except Interrupted:
+            raise
+        except RegraftError as error:
+            failed[suite.title] = error
+    return done, failed
+
+
+def tell_failures(failed: Mapping[str, RegraftError], done: Sequence[Any]) -> None:
+    """Raise what there is to tell: the error itself where nothing was done, else `PartlyMeasured` of the first."""
+    if not failed:
+        return
+    (title, error), *others = failed.items()
+    if not done:
+        raise error
+    more = f" Nor could be measured: {', '.join(name for name, _ in others)}." if others else ""
+    partly = PartlyMeasured(f"{title} could not be measured: {error.what}{more}", error.remedy, done, tuple(failed))
+    partly.exit_code = error.exit_code
+    raise partly from error
+
+
 @flow(name="evaluate-adapter", flow_run_name="evaluate {address}")
 def evaluate_adapter(address: str, suites: tuple[Suite, ...] = (), items_of: str | None = None) -> list[SuiteResult]:
     """Measure a version on its recipe's suites (or on others) and record each number with its interval.
@@ -63,11 +101,16 @@ def evaluate_adapter(address: str, suites: tuple[Suite, ...] = (), items_of: str
         address: `name@3`, `name@production` or `name`.
         suites: none given: the suites of the version's own recipe.
         items_of: address of another version, whose recipe then supplies suites and items, so that both can be compared.
+
+    Raises:
+        PartlyMeasured: a suite failed, after all others were measured and recorded.
     """
     adapter = load(address)
     drawn = items_for(AdapterRegistry().get(items_of) if items_of else adapter.version, suites, adapter)
-    results = [result for suite in drawn for result in _measure_and_record(adapter, suite)]
+    found, failed = as_far_as_possible(drawn, lambda suite: _measure_and_record(adapter, suite))
+    results = [result for each in found for result in each]
     _report(adapter.version.adapter, results, adapter.version.mlflow_run_id)
+    tell_failures(failed, results)
     return results
 
 
@@ -78,15 +121,23 @@ def evaluate_base(base: str, suites: tuple[Suite, ...]) -> list[SuiteResult]:
     Args:
         base: a registered name or a reference.
         suites: each must name a task, or bring data of its own.
+
+    Raises:
+        PartlyMeasured: a suite failed, after all others were measured.
     """
     record, folder = find_base(base)
     loaded = bare(folder)
-    results = []
-    for suite in suites:
-        drawn = in_parts(prepare(suite, None, is_masked_lm(loaded.model)), suite, loaded.tokenizer)
-        found = run_suite(f"{record.name}: {drawn.title}", loaded.model, loaded.tokenizer, drawn)
-        results += [_result(record.name, title, each) for title, each in with_parts(drawn, found).items()]
+
+    def measured(suite: Prepared) -> list[SuiteResult]:
+        found = run_suite(f"{record.name}: {suite.title}", loaded.model, loaded.tokenizer, suite)
+        return [_result(record.name, title, each) for title, each in with_parts(suite, found).items()]
+
+    masked = is_masked_lm(loaded.model)
+    drawn = [in_parts(prepare(suite, None, masked), suite, loaded.tokenizer) for suite in suites]
+    found, failed = as_far_as_possible(drawn, measured)
+    results = [result for each in found for result in each]
     _report(record.name, results)
+    tell_failures(failed, results)
     return results
 
 

@@ -1,5 +1,6 @@
 """Put a version behind an alias, if its policy allows it: evaluate what is missing, decide, record, move."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
@@ -7,16 +8,17 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.evaluate_adapter import evaluate_adapter
 from flows.reports import report_table
-from flows.suites import default_suites, prepare, suite_named, title
+from flows.suites import default_suites, metrics_of, prepare, suite_named, title
 from infra.documents import parse
-from infra.errors import GateRefused, NotFound
+from infra.errors import GateRefused, InvalidInput, NotFound
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.gate import require_reason
 from registry.policy import Policy, SuitePolicy, find_policy
 from registry.promotion import Verdict, missing_suites
-from registry.records import VersionRecord
+from registry.records import EvaluationRecord, VersionRecord
 from serving.loading import recipe_of
+from training.evaluation.suite import of_the_same_answers
 from training.evaluation.suite_files import suite_files, suites_called
 from training.recipe import Recipe
 
@@ -70,7 +72,7 @@ def promote_adapter(
         reason: goes into the log.
 
     Raises:
-        InvalidInput: force without a reason.
+        InvalidInput: force without a reason, or a policy that asks a suite for a metric which it does not measure.
         Conflict: somebody else moved the alias meanwhile.
     """
     require_reason(force, reason)
@@ -81,6 +83,7 @@ def promote_adapter(
     asked = spread_over_files(policy or policy_of(candidate, recipe), recipe)
     holder = registry.alias(candidate.adapter, alias)
     holder_address = holder.address if holder else None
+    require_measurable(asked, registry.evaluations(candidate.address), recipe)
     _measure_missing(registry, asked, candidate.address, holder_address, recipe)
     verdict = registry.judge(candidate.address, alias, asked)
     try:
@@ -130,6 +133,25 @@ def spread_over_files(policy: Policy, recipe: Recipe | None) -> Policy:
             named = [suite.title() for suite in suites_called(line.suite)]
             lines += [line.model_copy(update={"suite": each}) for each in named]
     return parse(Policy, {"suites": [line.model_dump() for line in lines]}, "policy")
+
+
+def require_measurable(policy: Policy, measured: Sequence[EvaluationRecord], recipe: Recipe | None) -> None:
+    """Make sure that each metric which is asked for by name is measured already, or that its suite measures it.
+
+    Raises:
+        InvalidInput: a suite does not measure it.
+    """
+    for line in policy.suites:
+        if line.metric is None or any(line.fits(each.suite, each.metric) for each in measured):
+            continue
+        suite = suite_named(line.suite, recipe)
+        found = metrics_of(suite, recipe)
+        if line.metric not in found:
+            also = suite.metric is not None and of_the_same_answers(suite.metric, [line.metric])
+            raise InvalidInput(
+                f"The policy asks for {line.metric} of suite '{line.suite}', which measures {', '.join(found)}.",
+                f"Write also: [{line.metric}] into the suite, or name one of these." if also else "Name one of these.",
+            )
 
 
 def _measure_missing(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flows.data_sets import readable
 from infra.documents import did_you_mean
 from infra.errors import InvalidInput
+from registry.policy import CALIBRATION, NEARNESS
 from training.data.example import Example
 from training.data.sampling import sample
 from training.data.sources import DataSource, Fractions, load_held_out, load_splits, read_examples
@@ -45,18 +46,22 @@ def suites_for(
 ) -> tuple[Suite, ...]:
     """Suites from a command line: one a task, and those of suite files, with `shots` and `samples` put on top.
 
-    Neither tasks nor files mean the recipe's own.
+    Neither tasks nor files mean the recipe's own. What is named twice is measured once.
 
     Raises:
         NotFound: no such suite file; suggests the closest name.
-        InvalidInput: shots for the suites of files, whose titles would not say so.
+        InvalidInput: shots for the suites of files, whose titles would not say so, or two suites of one title.
     """
     changes = {"shots": shots, **({"samples": samples} if samples else {})}
     if files and shots:
         raise InvalidInput("--shots goes with --task, not with --suite.", "Write shots into the suite file.")
     of_files = [suite.model_copy(update=changes if samples else {}) for name in files for suite in suites_called(name)]
     if tasks or files:
-        return (*(Suite(task=task, **changes) for task in tasks or ()), *of_files)
+        suites = tuple(dict.fromkeys([*(Suite(task=task, **changes) for task in tasks or ()), *of_files]))
+        titles = [suite.title() for suite in suites]
+        if twice := next((each for each in titles if titles.count(each) > 1), None):
+            raise InvalidInput(f"Two of the suites are called {twice}.", "Measure them one after the other.")
+        return suites
     return (Suite(**changes),) if shots or samples else ()
 
 
@@ -106,6 +111,14 @@ def _suite_titled(name: str, recipe: Recipe | None) -> Suite:
         f"({', '.join(own) or 'none of its own'}). {did_you_mean(name, known)}",
         "Name one of the recipe's suites, a built-in task as TASK/test or TASK/test-3shot, or a suite file of suites/.",
     )
+
+
+def metrics_of(suite: Suite, recipe: Recipe | None) -> tuple[str, ...]:
+    """What a suite measures, and what comes beside that; where it names no metric, all that this may turn out to be."""
+    task = suite.task or (recipe.data.task if recipe and suite.data is None else None)
+    own = (suite.metric,) if suite.metric else (get_task(task).metric if task else "exact_match", "perplexity")
+    beside = (*(CALIBRATION if "multiple_choice" in own else ()), *(NEARNESS if pass_at(own) else ()))
+    return (*own, *(suite.also or ()), *beside)
 
 
 def in_parts(prepared: Prepared, suite: Suite, tokenizer: "PreTrainedTokenizerBase") -> Prepared:

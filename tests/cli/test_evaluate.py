@@ -99,13 +99,14 @@ def test_several_versions_are_compared_at_once_with_corrected_p_values(trained: 
     options = ("--suite", "summaries", "--suite", "general", "--against", same, "--against", other)
     found = told(run_here("evaluate", first, *options, "--json"))["comparisons"]
     suites = {
-        "summaries/test": "paired bootstrap",
-        "summaries/test[0-40]": "paired bootstrap",
-        "summaries/test[40-55]": "paired bootstrap",
+        "summaries/test": "paired sign flips",
+        "summaries/test[0-40]": "paired sign flips",
+        "summaries/test[40-55]": "paired sign flips",
         "general/boolean_expressions/test": "exact McNemar",
         "general/fluency": "paired sign flips",
     }
-    assert {(each["suite"], each["test"]) for each in found} == set(suites.items())
+    assert {(each["suite"], each["test"]) for each in found if each["metric"] != "bleu"} == set(suites.items())
+    assert {each["test"] for each in found if each["metric"] == "bleu"} == {"approximate randomization"}
     assert len(found) == 2 * (3 * 3 + 2)  # three metrics of three parts, and two suites; against each of two
     for each in found:
         assert each["p_value"] <= each["p_holm"] <= 1.0
@@ -142,6 +143,14 @@ def test_forgetting_holds_a_version_against_its_bare_base(trained: list[str], pr
         (("--suite", "shown"), 2, "needs solved examples that are not among its items"),
         (("--suite", "general", "--harness", "arc_easy"), 2, "--harness goes alone"),
         (("--against", "judged@99"), 3, "judged@99"),
+        (("--against", "judged@3"), 2, "judged@3 is judged@3 itself"),
+        (("--suite", "general/fluenci"), 3, "has no suite 'general/fluenci'. Did you mean 'general/fluency'?"),
+        (("--suite", "../../etc/passwd"), 3, "A path has to end in .yaml"),
+        (
+            ("--suite", "general", "--suite", "elsewhere/general.yaml"),
+            2,
+            "Two of the suites are called general/fluency",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_told(
@@ -153,11 +162,71 @@ def test_what_cannot_be_measured_is_told(
         "shown": "shots: 1",
     }.items():
         (project / "suites" / f"{name}.yaml").write_text(f"suites: [{{data: {{file: notes.jsonl}}, {suite}}}]")
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere" / "general.yaml").write_text("suites: [{task: navigate, name: fluency}]")
     before = len(AdapterRegistry().evaluations(trained[2]))
     result = run_here("evaluate", trained[2], *arguments)
     assert (result.code, result.out) == (code, "")
-    assert said in result.err and result.err.count("✗") == 1
+    assert said in " ".join(result.err.split()) and result.err.count("✗") == 1
+    assert "Write ../" not in result.err
     assert len(AdapterRegistry().evaluations(trained[2])) == before
+
+
+def test_one_suite_of_a_file_is_named_by_its_title_and_what_is_named_twice_is_measured_once(
+    trained: list[str], project: Path
+) -> None:
+    (only,) = told(run_here("evaluate", trained[0], "--suite", "general/fluency", "--json"))
+    assert (only["suite"], only["metric"]) == ("general/fluency", "perplexity")
+    twice = ("--suite", "general", "--suite", "general", "--suite", "general/fluency")
+    found = told(run_here("evaluate", trained[0], *twice, "--json"))
+    assert [each["suite"] for each in found] == ["general/boolean_expressions/test", "general/fluency"]
+
+
+def test_a_suite_that_fails_hides_nothing_of_what_the_others_measured(trained: list[str], project: Path) -> None:
+    (project / "suites" / "mixed.yaml").write_text(
+        "defaults: {samples: 8}\nsuites: [{name: first, task: boolean_expressions, seed: 1}, {name: odd, "
+        "data: {file: notes.jsonl}, metric: multiple_choice}, {name: last, task: boolean_expressions}]"
+    )
+    result = run_here("evaluate", trained[0], "--suite", "mixed", "--against", trained[2], "--forgetting", "--json")
+    assert result.code == 2 and result.err.count("✗") == 1
+    assert "mixed/odd could not be measured: Example 1 is not multiple choice" in " ".join(result.err.split())
+    said = json.loads(result.out)
+    assert [each["suite"] for each in said["results"]] == ["mixed/first", "mixed/last"]
+    assert [(each["suite"], each["against"]) for each in said["comparisons"]] == [
+        ("mixed/first", trained[2]), ("mixed/last", trained[2]),
+        ("mixed/first", "judged-base"), ("mixed/last", "judged-base"),
+    ]  # fmt: skip
+    bare = run_here("evaluate", "judged-base", "--suite", "mixed", width=200)
+    assert bare.code == 2 and "mixed/last" in bare.out and "mixed/odd" not in bare.out
+
+
+def test_a_bucket_that_holds_all_items_is_no_test_of_its_own(trained: list[str], project: Path) -> None:
+    (project / "suites" / "short.yaml").write_text(
+        "suites: [{data: {file: notes.jsonl}, metric: perplexity, buckets: [1000, 2000]}]"
+    )
+    said = told(run_here("evaluate", trained[0], "--suite", "short", "--against", trained[2], "--json"))
+    assert [each["suite"] for each in said["results"]] == ["short/test", "short/test[0-1000]"]
+    (only,) = said["comparisons"]
+    assert (only["suite"], only["p_holm"]) == ("short/test", only["p_value"])
+
+
+def test_a_gate_on_a_metric_that_the_suite_does_not_measure_is_refused_and_not_recorded(
+    trained: list[str], project: Path
+) -> None:
+    policy = project / "policy.yaml"
+    for suite, metric, said in (
+        ("summaries/test[0-40]", "bertscore", "measures rougeL, bleu, token_f1. → Write also: [bertscore]"),
+        ("general/fluency", "rougeL", "measures perplexity. → Name one of these"),
+        ("general/boolean_expressions/test", "rougeL", "ece"),
+    ):
+        policy.write_text(f"suites: [{{suite: '{suite}', metric: {metric}}}]")
+        refused = run_here("promote", trained[2], "--to", "unmeasured", "--policy", str(policy))
+        assert (refused.code, refused.out) == (2, "")
+        assert f"asks for {metric} of suite '{suite}'" in " ".join(refused.err.split())
+        assert said in " ".join(refused.err.split())
+    assert "unmeasured" not in run_here("adapters", "history", ADAPTER, "--json").out
+    policy.write_text("suites: [{suite: general/boolean_expressions/test, metric: brier}]")
+    told(run_here("promote", trained[2], "--to", "calibrated", "--policy", str(policy), "--json"))
 
 
 def test_a_masked_language_model_is_not_asked_for_texts(project: Path, tmp_path: Path) -> None:

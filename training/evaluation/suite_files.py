@@ -9,6 +9,7 @@ suites:
 ```
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,24 +53,34 @@ class SuiteFile(Section):
 
 
 def suites_called(name: str, beside: Path | None = None) -> tuple[Suite, ...]:
-    """The suites of a file: `NAME` for suites/NAME.yaml, or a path that ends in .yaml.
+    """The suites of a file: `NAME` for suites/NAME.yaml, or a path that ends in .yaml; or the one called `NAME/TITLE`.
 
     Args:
-        name: of the file, or its path.
+        name: of the file, its path, or the title of one of its suites.
         beside: where relative paths start. Default: the working directory.
 
     Raises:
-        NotFound: no such file; suggests the closest name.
+        NotFound: no such file, or no such suite in it; suggests the closest name.
         InvalidInput: a file that is no suite file.
     """
     if name.endswith(_ENDINGS):
         return SuiteFile.load((beside or Path.cwd()) / Path(name).expanduser()).suites
     known = suite_files()
-    if name not in known:
-        hint = did_you_mean(name, list(known)) if known else "There are none."
-        folders = " or ".join(map(str, _folders()))
-        raise NotFound(f"There is no suite file '{name}'. {hint}", f"Write {name}.yaml into {folders}.")
-    return SuiteFile.load(known[name]).suites
+    if name in known:
+        return SuiteFile.load(known[name]).suites
+    file = name.partition("/")[0]
+    if file in known:
+        titled = {suite.title(): suite for suite in SuiteFile.load(known[file]).suites}
+        if name in titled:
+            return (titled[name],)
+        raise NotFound(
+            f"Suite file '{file}' has no suite '{name}'. {did_you_mean(name, list(titled))}",
+            f"Name {file} for all of its suites. Buckets are measured with their suite.",
+        )
+    hint = did_you_mean(name, list(known)) if known else "There are none."
+    folders = " or ".join(map(str, _folders()))
+    write = f"Write {name}.yaml into {folders}." if re.fullmatch(r"[\w.-]+", name) else f"Suite files lie in {folders}."
+    raise NotFound(f"There is no suite file '{name}'. {hint}", f"{write} A path has to end in .yaml.")
 
 
 def suite_files() -> dict[str, Path]:

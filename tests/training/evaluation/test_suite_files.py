@@ -61,6 +61,15 @@ def test_an_unknown_name_leads_to_the_one_that_was_meant(project: Path) -> None:
         suites_called("sumaries")
     with pytest.raises(NotFound, match=r"nowhere\.yaml is not there"):
         suites_called("nowhere.yaml")
+    with pytest.raises(NotFound, match=r"has no suite 'summaries/fluenzy'\. Did you mean 'summaries/fluency'\?"):
+        suites_called("summaries/fluenzy")
+    with pytest.raises(NotFound, match="no suite file") as refused:
+        suites_called("../../../../etc/passwd")
+    assert "passwd.yaml" not in refused.value.remedy
+
+
+def test_a_title_names_one_suite_of_a_file(project: Path) -> None:
+    assert suites_called("summaries/fluency") == suites_called("summaries")[1:2]
 
 
 @pytest.mark.parametrize(
