@@ -95,7 +95,7 @@ def _tell(found: "LearningCurves") -> None:
             [*rows, ("bare", "0", measured(each.metric, each.bare), "")],
             "",
         )
-        console.print(f"{_statement(each)}  [dim]area {measured(each.metric, each.area)}[/]\n")
+        console.print(f"{statement(each)}  [dim]area {measured(each.metric, each.area)}[/]\n")
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]")
     console.print(
@@ -104,7 +104,8 @@ def _tell(found: "LearningCurves") -> None:
     console.print(f"table and picture: {found.folder}", soft_wrap=True)
 
 
-def _statement(each: "Curve") -> str:
+def statement(each: "Curve") -> str:
+    """What a curve says about the number of examples, in a sentence."""
     reference, bare = measured(each.metric, each.reference), measured(each.metric, each.bare)
     if each.verdict == "nothing learnt":
         last = each.points[-1]

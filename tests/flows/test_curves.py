@@ -4,6 +4,7 @@ from statistics import fmean
 
 import pytest
 
+from cli.curve import statement
 from flows.curve_plan import require_possible
 from flows.curve_report import curve_picture
 from flows.curves import Measurement, draw_curves
@@ -102,6 +103,18 @@ def test_no_budget_is_judged_where_the_bare_base_reaches_the_reference_or_nothin
         ("nothing learnt", 0.0),
         ("nothing learnt", 0.2),
     ]
+
+
+def test_a_statement_says_why_no_budget_is_judged() -> None:
+    steep = measured("old", "one each", "a", STEEP)
+    flat = measured("old", "one each", "a", dict.fromkeys(SIZES, 0), seeds=1)
+    for found, bare, said in (
+        (steep, 0.7, "zero examples are enough: the bare base has 70.0 % and reaches 70.0 %"),
+        (flat, 0.0, "nothing was learnt: 1,000 examples lead to 0.0 %, and the bare base has 0.0 %"),
+        (steep, 0.1, "100 examples (10% of the largest budget) are enough to reach 70.0 %"),
+    ):
+        (curve,) = draw_curves(found, {("old", "a"): bare}, {"a": 0.7}, 0.05)
+        assert said in statement(curve)
 
 
 def test_of_perplexity_a_bare_base_below_the_reference_needs_no_examples() -> None:
