@@ -144,6 +144,17 @@ def forked():
     assert not judged(threads, isolation, limits=Limits(5)).passed
 
 
+def test_ten_threads_are_no_bomb() -> None:
+    if strongest_isolation() != "namespaces":
+        pytest.skip("without namespaces there is but the program, unless it is root's")
+    program = (
+        "import threading, time\ndef started(n):\n    all = [threading.Thread(target=time.sleep, args=(0.5,)) for _ in "
+        "range(n)]\n    for each in all: each.start()\n    return threading.active_count()"
+    )
+    verdict = judge_program(program, "assert started(10) == 11", Limits(seconds=60))
+    assert verdict.passed, verdict
+
+
 def test_a_daemon_does_not_outlive_its_program() -> None:
     """Left in a session of its own, as a daemon is; the fixture sees to it that it is gone."""
     daemon = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(600)\n os._exit(0)\n"
