@@ -31,7 +31,8 @@ from kernels.dispatch import runs_on_triton
 from kernels.low_rank_passes import Dropout, expand, expand_with_gradient, shrink, shrink_with_gradient
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others are computed by PyTorch alone
-LARGEST_RANK = 256  # of the kernels; beyond it the products are large enough for PyTorch's
+# Of the kernels, by bytes of a number: beyond, products are large enough for PyTorch's, or too large to be shared.
+LARGEST_RANKS = {2: 256, 4: 64}
 
 
 class _OnTriton(torch.autograd.Function):
@@ -155,7 +156,7 @@ def _fits_kernels(x: Tensor, A: Tensor, B: Tensor) -> bool:
     return (
         runs_on_triton(x)
         and x.dtype in KERNEL_DTYPES
-        and 1 <= len(A) <= LARGEST_RANK
+        and 1 <= len(A) <= LARGEST_RANKS[x.dtype.itemsize]
         and x.numel() > 0
         and len(B) > 0
         and max(x.numel() // x.shape[-1], A.numel(), B.numel()) < 2**31  # places that are counted in 32 bits

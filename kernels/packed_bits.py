@@ -55,9 +55,9 @@ class Tiles:
     """
 
     by_tokens: tuple[tuple[int, Tile], ...] = (
-        (2, Tile(rows=16, tokens=8, words=4, warps=8, direct=True)),
-        (8, Tile(rows=32, tokens=8, words=4, warps=8, direct=False)),
-        (64, Tile(rows=64, tokens=16, words=2, warps=8, direct=False)),
+        (2, Tile(rows=16, tokens=8, words=4, warps=4, direct=True)),
+        (8, Tile(rows=32, tokens=8, words=4, warps=8, direct=True)),
+        (64, Tile(rows=64, tokens=16, words=2, warps=8, direct=True)),
     )
     programs: int = 128
 

@@ -25,6 +25,8 @@ from training.methods.injected import InjectedAdapted
 from training.methods.peft_method import PeftAdapted
 from training.methods.started_lora import LoraSlot
 
+_WORTH_LAUNCHING = 1e12  # operations: a millisecond of an H100's, as long as it takes to launch a layer's kernels
+
 Kernels = Literal["auto", "on", "off"]
 Forward = Callable[..., Tensor]
 
@@ -56,8 +58,8 @@ def fused_layers(adapted: Adapted, kernels: Kernels) -> Iterator[None]:
 
     Args:
         adapted: the adapter that trains.
-        kernels: "auto": where they are faster, which is on a GPU in 16 bits, and on the CPU unless LoRA's dropout is to
-            be drawn; "on": wherever they give the same; "off": nowhere.
+        kernels: "auto": where they are faster, which is on a GPU in 16 bits where a layer has enough to do, and on the
+            CPU unless LoRA's dropout is to be drawn; "on": wherever they give the same; "off": nowhere.
     """
     layers = [] if kernels == "off" else list(_layers_to_fuse(adapted, always=kernels == "on"))
     for layer, forward in layers:
@@ -128,7 +130,8 @@ def _fused(base: Any, lora: _Lora, x: Tensor, always: bool) -> Tensor | None:
 def _is_faster(x: Tensor, lora: _Lora) -> bool:
     """As benchmarks/kernels/fused_lora.py has it."""
     if runs_on_triton(x):
-        return x.dtype.itemsize == 2
+        operations = 4 * x.numel() * len(lora.B)  # of the products with W, forward and backward
+        return x.dtype.itemsize == 2 and operations >= _WORTH_LAUNCHING
     return x.device.type == "cpu" and (not lora.dropout or lora.magnitude is not None)
 
 
