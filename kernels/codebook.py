@@ -68,7 +68,6 @@ if triton_is_there():
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
         PARTS: tl.constexpr,
-        DIRECT: tl.constexpr,
     ):
         sixteen: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
         row, run = places(ROWS, PARTS)
@@ -84,7 +83,7 @@ if triton_is_there():
             high = ((found >> 16) & 0x5555) | ((found >> 1) & 0x55550000)
             weights = as_weights(low, high, 0x4000, sixteen, ROWS, PARTS)
             # Beyond the last column every weight is one of the next row's or 0; x is 0 there.
-            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE, DIRECT)
+            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE)
             total = multiplied(weights, inputs, total)
             sums = multiplied(twos, inputs, sums)
         sum_of_x = tl.sum(tl.sum(sums, 0), 0) / 32

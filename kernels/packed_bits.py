@@ -29,15 +29,12 @@ class Tile:
         tokens: a multiple of 8. All of them are multiplied, whether they are there or not.
         words: of 32 columns that a thread reads at a time: 1, 2 or 4. Where rows have no such words, it reads fewer.
         warps: among which the columns are divided; fewer where there are fewer columns.
-        direct: whether a thread reads the inputs that it multiplies by itself, or together with others, through shared
-            memory: what is read is divided by the tokens, what it costs is not.
     """
 
     rows: int
     tokens: int
     words: int
     warps: int
-    direct: bool
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,9 @@ class Tiles:
     """
 
     by_tokens: tuple[tuple[int, Tile], ...] = (
-        (2, Tile(rows=16, tokens=8, words=4, warps=4, direct=True)),
-        (8, Tile(rows=32, tokens=8, words=4, warps=8, direct=True)),
-        (64, Tile(rows=64, tokens=16, words=2, warps=8, direct=True)),
+        (2, Tile(rows=16, tokens=8, words=4, warps=4)),
+        (8, Tile(rows=32, tokens=8, words=4, warps=8)),
+        (64, Tile(rows=64, tokens=16, words=2, warps=8)),
     )
     programs: int = 128
 
@@ -147,17 +144,12 @@ if triton_is_there():
         WORDS: tl.constexpr,
         PARTS: tl.constexpr,
         WHOLE: tl.constexpr,
-        DIRECT: tl.constexpr,
     ):
         """x [PARTS, 128·WORDS, TOKENS] of the runs from `step` on: the columns in the order of `as_weights`."""
         eights: tl.constexpr = 4 * WORDS  # of columns, in a run of words
         place = tl.arange(0, TOKENS * PARTS * 4 * eights)[:, None]
-        if DIRECT:
-            token = place // 4 % 8
-            eight = (place // 32 % PARTS * 4 + place % 4) * eights + place // (32 * PARTS) % eights
-        else:
-            token = place % 8
-            eight = place // 8 % (4 * PARTS * eights)
+        token = place // 4 % 8
+        eight = (place // 32 % PARTS * 4 + place % 4) * eights + place // (32 * PARTS) % eights
         token += place // (32 * PARTS * eights) * 8
         token += tl.program_id(1).to(tl.int64) * TOKENS
         first = 8 * (step * eights + eight)
@@ -165,10 +157,7 @@ if triton_is_there():
         # Where rows are whole words, eight columns lie all in a row or all beyond it.
         inside = (token < n) & ((first if WHOLE else column) < k)
         found = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
-        if DIRECT:
-            found = found.reshape(TOKENS // 8, eights, PARTS, 8, 4, 2, 2, 2).permute(2, 1, 6, 4, 5, 7, 0, 3)
-        else:
-            found = found.reshape(TOKENS // 8, PARTS, 4, eights, 8, 2, 2, 2).permute(1, 3, 6, 2, 5, 7, 0, 4)
+        found = found.reshape(TOKENS // 8, eights, PARTS, 8, 4, 2, 2, 2).permute(2, 1, 6, 4, 5, 7, 0, 3)
         return found.reshape(PARTS, 32 * eights, TOKENS)
 
     @triton.jit
@@ -388,7 +377,6 @@ def launch_product(
             TOKENS=tile.tokens,
             WORDS=tile.words,
             PARTS=tile.warps,
-            DIRECT=tile.direct,
             num_warps=tile.warps,
             num_stages=1,  # threads read for themselves; how many there are hides how long that takes
         )

@@ -89,7 +89,6 @@ if triton_is_there():
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
         PARTS: tl.constexpr,
-        DIRECT: tl.constexpr,
     ):
         sixteen: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
         row, run = places(ROWS, PARTS)
@@ -103,7 +102,7 @@ if triton_is_there():
             low, high = (even & 0xFFFF) | (odd << 16), (even >> 16) | (odd & 0xFFFF0000)
             weights = as_weights(low, high, 0xC000, sixteen, ROWS, PARTS)
             # Beyond the last column lie bits of the next row; x is 0 there.
-            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE, DIRECT)
+            inputs = as_inputs(x, step, k, n, x_stride, TOKENS, WORDS, PARTS, WHOLE)
             total = multiplied(weights, inputs, total)
         put(y, tl.sum(total, 0) * (scale / 2), m, n, ADD)
 

@@ -25,11 +25,11 @@ GPU_SHAPES = {"Llama 8B's attention": (4096, 4096), "Llama 8B's MLP": (14336, 40
 GPU_TOKENS = (1, 4, 16)
 UNCACHED = 512 << 20  # bytes that are gone through before one comes again; the largest L2 caches have 128 MB
 SWEPT, SWEEP_SECONDS = 200 << 20, 25.0  # bytes as above, of fewer matrices; what does not begin by then is not tried
-# Most tokens of a tile, with how many it is tried, and the tiles: rows, tokens, words, warps, direct.
+# Most tokens of a tile, with how many it is tried, and the tiles: rows, tokens, words, warps.
 CANDIDATES = {
-    (2, 1): ((16, 8, 4, 8, True), (16, 8, 4, 8, False), (16, 8, 4, 4, True), (16, 8, 2, 8, True), (32, 8, 4, 8, False)),
-    (64, 16): ((64, 16, 2, 8, False), (64, 16, 2, 8, True), (32, 16, 2, 8, False), (32, 16, 4, 8, True)),
-    (8, 4): ((32, 8, 4, 8, False), (16, 8, 4, 8, False), (16, 8, 4, 8, True), (32, 8, 4, 8, True)),
+    (2, 1): ((16, 8, 4, 8), (16, 8, 4, 4), (16, 8, 2, 8), (32, 8, 4, 4)),
+    (64, 16): ((64, 16, 2, 8), (64, 16, 2, 4), (32, 16, 4, 8)),
+    (8, 4): ((16, 8, 4, 8), (32, 8, 4, 8), (32, 8, 4, 4)),
 }
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

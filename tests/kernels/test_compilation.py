@@ -57,7 +57,7 @@ def product(
 ) -> str:
     """PTX of a product's kernel."""
     constants |= {"ADD": False, "WHOLE": whole, "ROWS": tile.rows, "TOKENS": tile.tokens, "WORDS": tile.words}
-    constants |= {"PARTS": tile.warps, "DIRECT": tile.direct}
+    constants |= {"PARTS": tile.warps}
     options = {"num_warps": tile.warps, "num_stages": 1}
     return compiled(kernel, number, architecture, folder, options, **constants)
 
@@ -70,7 +70,7 @@ def test_products_read_whole_words_convert_no_integer_and_pass_nothing_between_t
 ) -> None:
     ptx = product(kernel, "bf16", architecture, tmp_path, tile, whole=True)
     assert f"ld.global.v{tile.words}.b32" in ptx
-    if tile.direct and kernel is ternary._multiply:  # Triton 3.9 gives the sum of x, which 1 bit needs, another layout
+    if kernel is ternary._multiply:  # Triton 3.9 gives the sum of x, which 1 bit needs, another layout
         assert not re.search(r"bar\.sync|shfl|st\.shared", ptx[: ptx.rindex("mma.sync")])
     # Slow: an instruction a weight, at a quarter of the rate.
     assert not re.search(r"cvt\.rn\.(f32|bf16|f16)\.[su]", ptx)
