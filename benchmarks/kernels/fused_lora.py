@@ -1,6 +1,7 @@
 """LoRA's linear layer, forward and backward, against peft's own layer, torch.compile and the frozen layer alone.
 
-    python -m benchmarks.kernels.fused_lora [--repeats 9] [--sweep]
+    python -m benchmarks.kernels.fused_lora
+    python -m benchmarks.kernels.one fused_lora --sweep
 
 peft's layer is a real `peft.tuners.lora.layer.Linear` on a frozen base, with its adapter in the base's dtype or, as
 peft has it by default (autocast_adapter_dtype), in float32; ours computes on the same tensors. On a GPU all is timed
@@ -10,8 +11,6 @@ are the processor's; dropout is not measured there, as drawing a mask twice take
 compared first: a wrong one ends the benchmark.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,12 +25,12 @@ from torch.nn import functional
 from benchmarks.kernels.measuring import (
     Ceilings,
     event_seconds,
-    gpu_ceilings,
     gpu_peak_bytes,
     graph_seconds,
     require_equal,
 )
-from benchmarks.results_file import Row, write
+from benchmarks.kernels.one import measure
+from benchmarks.results_file import Row
 from kernels import low_rank_passes as kernel
 from kernels.dora import fused_dora, row_squares
 from kernels.fused_lora import fused_lora
@@ -326,15 +325,4 @@ def _sweep_passes(layer: Layer, ceilings: Ceilings) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
-    details = {"load": os.getloadavg()[0]}
-    if torch.cuda.is_available():
-        ceilings = gpu_ceilings(options.repeats)
-        write("fused_lora", on_gpu(ceilings, options.repeats), torch.cuda.get_device_name(), details)
-        if options.sweep:
-            sweep(ceilings)
-    else:
-        write("fused_lora", on_cpu(options.repeats), details=details)
+    measure("fused_lora")

@@ -77,7 +77,7 @@ def suites_called(name: str, beside: Path | None = None) -> tuple[Suite, ...]:
             f"Suite file '{file}' has no suite '{name}'. {did_you_mean(name, list(titled))}",
             f"Name {file} for all of its suites. Buckets are measured with their suite.",
         )
-    hint = did_you_mean(name, list(known)) if known else "There are none."
+    hint = did_you_mean(name, list(known))  # the shipped ones are always there
     folders = " or ".join(map(str, _folders()))
     write = f"Write {name}.yaml into {folders}." if re.fullmatch(r"[\w.-]+", name) else f"Suite files lie in {folders}."
     raise NotFound(f"There is no suite file '{name}'. {hint}", f"{write} A path has to end in .yaml.")
