@@ -42,6 +42,7 @@ class Round:
 
     Attributes:
         number: from 0.
+        lists: that were begun.
         written: finished inputs.
         unfinished: lists whose last input was cut off.
         dropped: of the finished ones, by the screen's reason.
@@ -51,6 +52,7 @@ class Round:
     """
 
     number: int
+    lists: int = 0
     written: int = 0
     unfinished: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -153,7 +155,7 @@ def synthesise(
             break
         if exhausted:
             raise _too_few(Pool((), (), tuple(rounds)), kept, least)
-        rows = min(options.rows, ceil(SURPLUS * (wanted - kept) / options.items))
+        rows = min(options.rows, ceil((wanted - kept) / _expected(rounds, options)))
         under_way = Unfinished(kept_in.with_name(f"{kept_in.stem}-{len(rounds)}.json"), origin) if kept_in else None
         made = _round(
             model,
@@ -211,7 +213,7 @@ def _round(
             tell_more(f"and {sum(finished.values())} more, not looked at yet")
         return found.complete or len(found.items) >= items or len(found.unfinished) > astray
 
-    made = Round(number)
+    made = Round(number, rows)
     before = Counter(screen.dropped)
     passed = []
     for continuation in sampled(
@@ -262,6 +264,13 @@ def fitting(
         f"A seed and a new input take {len(prompt) + round(SPARE * item):,} tokens; the model reads at most {most:,}.",
         "Give shorter seeds, or choose a model that reads more.",
     )
+
+
+def _expected(rounds: Sequence[Round], options: SynthesisOptions) -> float:
+    """Inputs that a list will bring: as many as it is asked for, less what is dropped as a rule, or as those before."""
+    lists, kept = sum(made.lists for made in rounds), sum(len(made.kept) for made in rounds)
+    usual = options.items / SURPLUS
+    return min(usual, max(kept, 1) / lists) if lists else usual
 
 
 def _hopeless(rounds: Sequence[Round]) -> bool:

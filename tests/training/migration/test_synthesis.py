@@ -108,6 +108,17 @@ def test_no_more_lists_are_written_than_are_lacking(writer: list[str]) -> None:
     assert run(40, rows=50).rounds[0].unfinished == 1.5 * 40 / OPTIONS.items
 
 
+def test_where_little_of_a_list_is_kept_more_are_begun(writer: list[str]) -> None:
+    others = iter([-1.0])
+
+    def margins(texts: Sequence[str]) -> list[float]:
+        return [1.0, *(len(texts) - 1) * [next(others, 1.0)]]
+
+    first, second = run(8, margins=margins, rows=64).rounds
+    assert (first.lists, len(first.kept)) == (3, 1), "three lists of four are enough, if two thirds are kept"
+    assert second.lists == 21, "three for each of the seven that are lacking"
+
+
 def test_every_round_shows_the_seeds_in_another_order(writer: list[str]) -> None:
     run(40)
     assert all(text.startswith("7 examples of words:\n\n1. ") and text.endswith("\n4.") for text in writer)
