@@ -139,9 +139,11 @@ def plan_batch(
         largest_rank: make room for any adapters of up to this rank: for `replan`, where a CUDA graph is captured.
 
     Raises:
-        ValueError: a slot is out of range or empty, or an adapter's rank is larger than the largest.
+        ValueError: a slot is out of range or empty, an adapter's rank is larger than the largest, or that is below 1.
     """
     slots = checked_slots(pool, adapters)
+    if largest_rank is not None and largest_rank < 1:
+        raise ValueError(f"The largest rank is 1 or more, not {largest_rank}.")
     cut = cut_batch(pool, slots, tiling) if runs_on_triton(pool.storage) else _UNCUT
     blocks, positions, width = len(cut.blocks), len(cut.order), cut.width
     if largest_rank is not None and cut is not _UNCUT:
@@ -207,9 +209,9 @@ def checked_slots(pool: PagePool, adapters: Adapters) -> NDArray[np.int64]:
     slots = np.asarray(adapters)
     if slots.ndim != 1 or (len(slots) and not np.issubdtype(slots.dtype, np.integer)):
         raise ValueError("Adapters are a vector of integers, a slot for each row.")
-    slots = slots.astype(np.int64)
     if len(slots) and not -1 <= slots.min() <= slots.max() < pool.slots:
         raise ValueError(f"Slots are −1 … {pool.slots - 1}, not {slots.min()} … {slots.max()}.")
+    slots = slots.astype(np.int64)  # in which −1 is what it says
     if empty := set(slots.tolist()) - pool.tenants - {-1}:
         raise ValueError(f"There is no adapter in slot {min(empty)}.")
     return slots

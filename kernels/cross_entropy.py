@@ -38,9 +38,10 @@ if triton_is_there():
             larger = tl.maximum(m, tl.max(block, 0))
             s = s * tl.exp(m - larger) + tl.sum(tl.exp(block - larger), 0)
             m = larger
-        total = m + tl.log(s)
         counted = target != ignore
-        at_target = tl.load(x + target, mask=counted, other=0.0).to(tl.float32)
+        known = (target >= 0) & (target < V)
+        total = tl.where(counted & (known == 0), float("nan"), m + tl.log(s))
+        at_target = tl.load(x + target, mask=counted & known, other=0.0).to(tl.float32)
         tl.store(lse + row, total)
         tl.store(loss + row, tl.where(counted, total - at_target, 0.0))
 
@@ -69,7 +70,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.block = min(triton.next_power_of_2(V), _LARGEST_BLOCK)
         ctx.ignore = ignore
         if rows:
-            _forward[(rows,)](logits, targets, loss, lse, logits.stride(0), V, ignore, BLOCK=ctx.block, num_warps=8)
+            # A kernel is launched on the current device, whatever its arguments are on.
+            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+                _forward[(rows,)](logits, targets, loss, lse, logits.stride(0), V, ignore, BLOCK=ctx.block, num_warps=8)
         ctx.save_for_backward(logits, targets, lse)
         return loss
 
@@ -79,9 +82,10 @@ class _CrossEntropy(torch.autograd.Function):
         rows, V = logits.shape
         scale = upstream[0].contiguous()
         if rows:
-            _backward[(rows,)](
-                logits, targets, lse, scale, logits.stride(0), V, ctx.ignore, BLOCK=ctx.block, num_warps=8
-            )
+            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+                _backward[(rows,)](
+                    logits, targets, lse, scale, logits.stride(0), V, ctx.ignore, BLOCK=ctx.block, num_warps=8
+                )
         # Whoever else saved these logits must hear of the overwriting: autograd then raises instead of using them.
         torch.autograd.graph.increment_version(logits)
         return logits, None, None
@@ -96,16 +100,47 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore: int = IGNORE) -> Tens
     """The cross-entropy of each row, float32 [N].
 
     On Triton the backward pass overwrites `logits` with their gradient: clone them first if their values are wanted
-    after it, or if another term of the loss reads them.
+    after it, or if another term of the loss reads them. On a GPU nothing waits for the device, so a target that is out
+    of range gives NaN there; elsewhere an error.
 
     Args:
-        logits: [N, V], of any floating dtype, any row stride.
+        logits: [N, V], of any floating dtype, any strides.
         targets: [N], int64; `ignore` marks rows that do not count.
         ignore: the mark.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a target is out of range.
     """
+    if logits.ndim != 2 or not logits.shape[1] or not logits.is_floating_point():
+        raise ValueError(f"Logits are [N, V] of a floating dtype, not {tuple(logits.shape)} of {logits.dtype}.")
+    rows, vocabulary = logits.shape
+    require_targets(targets, rows, vocabulary, ignore)
+    if targets.device != logits.device:
+        raise ValueError(f"The targets are on {targets.device}, the logits on {logits.device}.")
     if not runs_on_triton(logits):
         return cross_entropy_reference(logits, targets, ignore)
-    if logits.stride(-1) != 1:
+    if logits.stride(1) != 1 or logits.stride(0) < vocabulary:  # each row is overwritten: none may share memory
         logits = logits.contiguous()
     result: Tensor = _CrossEntropy.apply(logits, targets.contiguous(), ignore)  # type: ignore[no-untyped-call]
     return result
+
+
+def require_targets(targets: Tensor, rows: int, vocabulary: int, ignore: int) -> None:
+    """Refuse what are no targets [rows].
+
+    Raises:
+        ValueError: another shape or dtype, or one out of range.
+    """
+    if targets.shape != (rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"{rows} rows need as many int64 targets, not {targets.dtype} {tuple(targets.shape)}.")
+    require_tokens(targets[targets != ignore] if targets.device.type == "cpu" else targets, vocabulary)
+
+
+def require_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuse tokens out of range; on a GPU, that would wait for the device: kernels make NaN of what is no token.
+
+    Raises:
+        ValueError: one is.
+    """
+    if tokens.device.type == "cpu" and bool(((tokens < 0) | (tokens >= vocabulary)).any()):
+        raise ValueError(f"A target or a teacher's token is not among the {vocabulary} of the vocabulary.")

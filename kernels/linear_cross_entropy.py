@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.cross_entropy import IGNORE
+from kernels.cross_entropy import IGNORE, require_targets, require_tokens
 from kernels.logit_entries import at_target, entry_logits, log_sums, odds, put_gradient
 from kernels.logit_tiles import LOWEST, WIDEST, Dense, exact_dtype, make_gradient, see
 
@@ -343,9 +343,7 @@ def _check(hidden: Tensor, head: Head, targets: Tensor, soft: SoftTargets | None
         raise ValueError("The rows of the weight must be contiguous.")
     if not 0 < head.scale < float("inf") or not (head.cap is None or 0 < head.cap < float("inf")):
         raise ValueError(f"Logits are scaled and capped by positive numbers, not {head.scale} and {head.cap}.")
-    if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise ValueError(f"{rows} rows need as many int64 targets, not {targets.dtype} {tuple(targets.shape)}.")
-    _require_tokens(targets[targets != ignore] if targets.device.type == "cpu" else targets, vocabulary)
+    require_targets(targets, rows, vocabulary, ignore)
     others = {**parts, "targets": targets}
     if soft is not None:
         if soft.tokens.ndim != 2 or len(soft.tokens) != rows or not soft.tokens.shape[1]:
@@ -354,14 +352,8 @@ def _check(hidden: Tensor, head: Head, targets: Tensor, soft: SoftTargets | None
             raise ValueError("The teacher's tokens are int64, and each has a logit.")
         if not 0 < soft.temperature < float("inf") or not 0 <= soft.weight <= 1:
             raise ValueError(f"A temperature of {soft.temperature} and a weight of {soft.weight} make no loss.")
-        _require_tokens(soft.tokens, vocabulary)
+        require_tokens(soft.tokens, vocabulary)
         others |= {"teacher's tokens": soft.tokens, "teacher's logits": soft.logits}
     for name, part in others.items():
         if part.device != hidden.device:
             raise ValueError(f"The {name} are on {part.device}, the hidden states on {hidden.device}.")
-
-
-def _require_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """On a GPU, that would wait for the device: kernels make NaN of what is no token."""
-    if tokens.device.type == "cpu" and bool(((tokens < 0) | (tokens >= vocabulary)).any()):
-        raise ValueError(f"A target or a teacher's token is not among the {vocabulary} of the vocabulary.")

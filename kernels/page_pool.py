@@ -14,7 +14,6 @@ The scale of an adapter is kept beside it, not multiplied into it: weights are r
 
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GRAIN = 64  # numbers; pages are multiples of it, so that rank rows can be read sixteen bytes at a time
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
 Pages = NDArray[np.int32]
 
 
@@ -93,7 +93,7 @@ class Lora:
     Args:
         A: [r, n].
         B: [m, r].
-        scale: finite.
+        scale: finite in float32, in which kernels keep it.
 
     Raises:
         ValueError: these are no two matrices of one rank, dtype and device, or the scale is not finite.
@@ -108,8 +108,8 @@ class Lora:
             raise ValueError(f"A is [r, n] and B [m, r], not {tuple(self.A.shape)} and {tuple(self.B.shape)}.")
         if (self.A.dtype, self.A.device) != (self.B.dtype, self.B.device):
             raise ValueError(f"A is {self.A.dtype} on {self.A.device}, B {self.B.dtype} on {self.B.device}.")
-        if not isfinite(self.scale):
-            raise ValueError(f"The scale is {self.scale}.")
+        if not abs(self.scale) <= _LARGEST_SCALE:
+            raise ValueError(f"The scale is {self.scale}, which float32 does not hold.")
 
     @property
     def rank(self) -> int:

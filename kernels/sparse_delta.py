@@ -315,7 +315,7 @@ def sparse_linear(
     Args:
         x: [..., n], of a floating dtype, in which products are taken.
         values: δ [k], in the order in which the places were given.
-        weight: W [m, n], of any dtype.
+        weight: W [m, n], of any floating dtype.
         plan: of k entries of W.
         bias: [m].
         transposed: whether it is y = x(W + S) + b, of x [..., m] and b [n].
@@ -330,6 +330,14 @@ def sparse_linear(
     if weight.shape != plan.shape:
         raise ValueError(f"The plan is for a matrix {plan.shape}, the weight is {tuple(weight.shape)}.")
     _check(x, plan, plan.shape[0 if transposed else 1], values)
+    outputs = plan.shape[1 if transposed else 0]
+    for name, part in {"weight": weight, **({} if bias is None else {"bias": bias})}.items():
+        if not part.is_floating_point():
+            raise ValueError(f"The {name} must be of a floating dtype, not {part.dtype}.")
+        if part.device != x.device:
+            raise ValueError(f"x is on {x.device}, the {name} on {part.device}.")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"The bias is {tuple(bias.shape)}; {outputs:,} outputs need as many numbers.")
     result: Tensor = _SparseLinear.apply(x, values, weight, bias, plan, transposed, watch)  # type: ignore[no-untyped-call]
     return result
 

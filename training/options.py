@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from infra.documents import Section
 
@@ -56,6 +56,12 @@ class TrainingOptions(Section):
     shard_base: bool = Field(
         False, description="Split the base's weights over the processes (FSDP2) instead of copying them to each."
     )
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _said_in_yaml(cls, value: Any) -> Any:
+        """YAML takes a bare `on` or `off` for a truth value."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingOptions":

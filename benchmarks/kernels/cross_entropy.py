@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernels.measuring import Ceilings
+from benchmarks.kernels.measuring import Ceilings, require_equal
 from benchmarks.kernels.one import measure
 from benchmarks.results_file import Row
 from kernels.cross_entropy import cross_entropy
@@ -65,8 +65,21 @@ def cost(loss: Loss, rows: int, vocabulary: int) -> tuple[float, float, float]:
     return median(seconds), peak / 1e9, value
 
 
+def require_gradient(vocabulary: int) -> None:
+    """End the benchmark where the kernel's gradient is not PyTorch's."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    source = torch.randn(64, vocabulary, generator=generator, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(vocabulary, (64,), generator=generator, device="cuda")
+    gradients = []
+    for loss in (ours, pytorch):
+        logits = source.clone().requires_grad_()
+        gradients += torch.autograd.grad(loss(logits * 1, targets), logits)
+    require_equal(*gradients, "the gradient")
+
+
 def compare(size: str, ceilings: Ceilings) -> list[Row]:
     rows, vocabulary = SIZES[size]
+    require_gradient(vocabulary)
     our_seconds, our_memory, our_loss = cost(ours, rows, vocabulary)
     claim = f"cross-entropy, {size}"
     moved = 3 * 2 * rows * vocabulary  # logits are read by forward and by backward, which writes over them

@@ -11,6 +11,7 @@ import argparse
 import os
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.kernels.measuring import Ceilings, gpu_ceilings
 from benchmarks.kernels.picture import draw
 from benchmarks.results_file import write
 
+FOLDER = Path(__file__).parent
 REPEATS = 9
 
 
@@ -30,6 +32,9 @@ def measure(name: str, ceilings: Ceilings | None = None, sweep: bool = False) ->
         ceilings: of the GPU; measured, where they are not given.
         sweep: whether to call the benchmark's `sweep`, too, if it has one and there is a GPU.
     """
+    found = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef on_gpu(" in path.read_text(encoding="utf-8"))
+    if name not in found:
+        raise SystemExit(f"There is no benchmark {name}; there are {', '.join(found)}.")
     module = import_module(f"benchmarks.kernels.{name}")
     details: dict[str, Any] = {"load": os.getloadavg()[0], **getattr(module, "DETAILS", {})}
     if not torch.cuda.is_available():

@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels.run_all [--minutes 8] [--only NAME ...] [--sweep] [--out FOLDER]
 
-Needs torch, triton, numpy and pytest; transformers, peft and liger-kernel are compared with where they are installed.
-On a GPU the tests that need one judge the kernels as they run there; without one, every test does, in Triton's
-interpreter. All are tried at once, as they wait for compilers more than for the device; benchmarks are measured one
-after the other, in processes of their own, and what one has written is kept whatever becomes of the next. What there
-is no time for is named. Ends with 1 if a kernel is wrong or could not be tried.
+Needs torch, triton and numpy; transformers, peft and liger-kernel are compared with where they are installed. With
+pytest the tests judge the kernels first: on a GPU those that need one, as kernels run there; without one every test, in
+Triton's interpreter. Without pytest benchmarks alone do, which compare every result before they time it. All tests run
+at once, as they wait for compilers more than for the device; benchmarks are measured one after the other, in processes
+of their own, and what one has written is kept whatever becomes of the next. What there is no time for is named. Ends
+with 1 if a kernel is wrong or could not be tried.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 TESTS, BENCHMARKS = ROOT / "tests" / "kernels", ROOT / "benchmarks" / "kernels"
 TESTS_SHARE = 0.5  # of the time, at most
 LONGEST, SHORTEST = 120.0, 15.0  # seconds that a GPU's benchmark may take, and those without which none is begun
+NO_PYTEST = "no pytest: by the benchmark alone"
 TAIL = 25  # lines of a log that are shown where something went wrong
 
 
@@ -110,7 +114,6 @@ class Run:
         """Copy what there is so far: two files, whatever the number of kernels."""
         if self.out is None:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "kernels.txt").write_text(summary + "\n", encoding="utf-8")
         with tarfile.open(self.out / "kernels.tar.gz", "w:gz") as archive:
             for path in [*self.written, *sorted(self.logs.glob("*.log"))]:
@@ -128,11 +131,15 @@ def names(only: Sequence[str]) -> list[str]:
     found = sorted(tested | measured)
     if unknown := sorted(set(only) - set(found)):
         raise SystemExit(f"There is no {', '.join(unknown)}; there are {', '.join(found)}.")
-    return list(only) or found
+    return list(dict.fromkeys(only)) or found
 
 
 def judge(kernels: Sequence[Kernel], run: Run) -> None:
-    """Let every kernel's tests say whether it is right."""
+    """Let every kernel's tests say whether it is right; without pytest, that is left to the benchmarks."""
+    if find_spec("pytest") is None:
+        for kernel in kernels:
+            kernel.tests = NO_PYTEST
+        return
     processors = os.cpu_count() or 1
     workers = max(min(len(kernels), processors - 1), 1)
     deadline = time.monotonic() + TESTS_SHARE * run.left
@@ -263,20 +270,34 @@ def all_kernels(kernels: Sequence[Kernel], sweep: bool, run: Run) -> None:
         run.keep(table(kernels))
 
 
+def minutes(text: str) -> float:
+    """Of an option: positive, and not for ever."""
+    if not 0 < (number := float(text)) < inf:
+        raise ValueError
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="what has not begun by then is skipped")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="what has not begun by then is skipped")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these kernels, in this order")
     parser.add_argument("--sweep", action="store_true", help="also try other numbers for the kernels' launches")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results, pictures and logs are copied, too")
     options = parser.parse_args()
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out: {options.out} cannot be a folder: {error.strerror}")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     kernels = [Kernel(name) for name in names(options.only)]
     with TemporaryDirectory(prefix="kernels-") as logs:
         run = Run(device, Path(logs), options.out, time.monotonic() + 60 * options.minutes)
         all_kernels(kernels, options.sweep, run)
-        kernels = [kernel for kernel in kernels if (kernel.tests, kernel.benchmark) != ("no tests", "none")]
+        untried = "no tests", NO_PYTEST
+        untried = "no tests", NO_PYTEST
+        kernels = [kernel for kernel in kernels if kernel.tests not in untried or kernel.benchmark != "none"]
         summary = "\n\n".join(filter(None, [missed(kernels), table(kernels)]))
         run.keep(summary)
     print(f"\n{summary}")

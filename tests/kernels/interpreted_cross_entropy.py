@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_reference
+from kernels.cross_entropy import IGNORE, _CrossEntropy, cross_entropy, cross_entropy_reference
 from kernels.dispatch import runs_on_triton
 
 
@@ -46,6 +46,26 @@ def reuse_is_refused(device: str) -> bool:
     return False
 
 
+def expanded(device: str) -> float:
+    """How far the gradient of one row is off that is shown as three."""
+    row = torch.randn(1, 7, device=device, requires_grad=True)
+    targets = torch.tensor([1, 2, 2], device=device)
+    gradients = [
+        torch.autograd.grad(loss(row.expand(3, 7), targets).sum(), row)[0]
+        for loss in (cross_entropy, cross_entropy_reference)
+    ]
+    return (gradients[0] - gradients[1]).abs().max().item()
+
+
+def unknown(device: str) -> list[list[float]]:
+    """The losses and gradients of rows, of which the middle ones have targets that there are not."""
+    logits = torch.zeros(4, 3, device=device, requires_grad=True)
+    targets = torch.tensor([1, 3, -1, IGNORE], device=device)
+    losses = _CrossEntropy.apply(logits * 1, targets, IGNORE)  # on the CPU they are refused before
+    losses.sum().backward()
+    return [losses.tolist(), logits.grad.sum(1).tolist()]
+
+
 if __name__ == "__main__":
     device = sys.argv[1]
     results = {
@@ -57,4 +77,5 @@ if __name__ == "__main__":
         for dtype in ("float32", "bfloat16", "float16")
         for scale, strided in ((1, False), (30, True))
     }
-    print(json.dumps({"cases": results, "reuse_is_refused": reuse_is_refused(device)}))
+    others = {"reuse_is_refused": reuse_is_refused(device), "expanded": expanded(device), "unknown": unknown(device)}
+    print(json.dumps({"cases": results, **others}))

@@ -1,5 +1,7 @@
 """The cross-entropy kernel against float64 arithmetic, under Triton's interpreter and natively on CUDA."""
 
+import math
+
 import pytest
 import torch
 
@@ -18,13 +20,17 @@ def assert_close(report: dict[str, object]) -> None:
         assert case["reference"] < 2e-4, name
         assert case["loss"] < 2e-4, name  # float32 sums of logits up to ±130
         assert case["gradient"] < GRADIENT_TOLERANCE[dtype], name
+    assert report["reuse_is_refused"]  # the gradient has overwritten the logits: a second backward must not be silent
+    assert report["expanded"] < 2e-6, "rows that share their memory"
+    losses, gradients = report["unknown"]
+    assert [math.isnan(value) for value in losses] == [math.isnan(value) for value in gradients]
+    assert [math.isnan(value) for value in losses] == [False, True, True, False] and losses[3] == 0
 
 
 @pytest.mark.skipif(not triton_is_there(), reason="Triton is not installed")
 def test_the_interpreted_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
     report = printed("interpreted_cross_entropy", "cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert_close(report)
-    assert report["reuse_is_refused"]  # the gradient has overwritten the logits: a second backward must not be silent
 
 
 @pytest.mark.gpu
@@ -32,7 +38,6 @@ def test_the_interpreted_kernel_agrees_with_float64_over_odd_shapes_and_dtypes()
 def test_the_native_kernel_agrees_with_float64_over_odd_shapes_and_dtypes() -> None:
     report = printed("interpreted_cross_entropy", "cuda")
     assert_close(report)
-    assert report["reuse_is_refused"]
 
 
 def test_on_cpu_without_the_interpreter_the_reference_computes() -> None:
@@ -41,3 +46,21 @@ def test_on_cpu_without_the_interpreter_the_reference_computes() -> None:
     assert not runs_on_triton(logits)
     torch.testing.assert_close(cross_entropy(logits, targets), cross_entropy_reference(logits, targets))
     assert cross_entropy(logits, targets)[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (torch.zeros(1, 4, 5), torch.zeros(4).long(), r"not \(1, 4, 5\) of torch.float32"),
+        (torch.zeros(4, 0), torch.zeros(4).long(), r"not \(4, 0\)"),
+        (torch.zeros(4, 5).long(), torch.zeros(4).long(), "of torch.int64"),
+        (torch.zeros(4, 5), torch.zeros(3).long(), r"4 rows need as many int64 targets, not torch.int64 \(3,\)"),
+        (torch.zeros(4, 5), torch.zeros(4).int(), "not torch.int32"),
+        (torch.zeros(2, 5), torch.tensor([0, 5]), "not among the 5"),
+        (torch.zeros(2, 5), torch.tensor([-1, 0]), "not among the 5"),
+        (torch.zeros(2, 5), torch.zeros(2, device="meta").long(), "targets are on meta, the logits on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(logits: torch.Tensor, targets: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(logits, targets)

@@ -158,6 +158,13 @@ def test_a_batch_is_cut_into_blocks_that_name_each_row_and_rank_once(tiling: Til
     assert sorted(found) == expected
 
 
+@pytest.mark.parametrize("largest", [0, -5])
+def test_room_for_no_rank_at_all_is_refused(largest: int) -> None:
+    pool, _ = scattered_pool(64, 64, 64, RANKS, torch.float32)
+    with pytest.raises(ValueError, match=f"1 or more, not {largest}"):
+        plan_batch(pool, [0], largest_rank=largest)
+
+
 def test_few_rows_and_prompts_are_cut_differently() -> None:
     pool, _ = scattered_pool(64, 64, 64, [4] * 10, torch.float32)
     for each, tiling in ((1, FEW), (31, FEW), (32, MANY)):
@@ -169,6 +176,7 @@ def test_few_rows_and_prompts_are_cut_differently() -> None:
     [
         ([0, 5], "Slots are −1 … 4, not 0 … 5"),
         ([-2, 0], "Slots are −1 … 4, not -2 … 0"),
+        (np.array([0, 2**64 - 1], np.uint64), "Slots are −1 … 4, not 0 … 18446744073709551615"),
         ([0, 1], "no adapter in slot 1"),
         ([0.0, 2.0], "vector of integers"),
         ([[0, 2]], "vector of integers"),

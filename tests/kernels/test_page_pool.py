@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # where kernels are tried beside little more than PyTorch
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -213,6 +216,7 @@ def test_a_failure_on_the_way_gives_the_pages_back() -> None:
         (torch.ones(2, 3), torch.ones(4, 2).half(), 1.0, "torch.float16"),
         (torch.ones(2, 3), torch.ones(4, 2, device="meta"), 1.0, "meta"),
         (torch.ones(2, 3), torch.ones(4, 2), float("nan"), "scale is nan"),
+        (torch.ones(2, 3), torch.ones(4, 2), -1e39, "float32 does not hold"),
     ],
 )
 def test_what_is_no_lora_is_refused(A: torch.Tensor, B: torch.Tensor, scale: float, message: str) -> None:

@@ -181,6 +181,15 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_computed() -> Non
     assert not y.any()
     with pytest.raises(ValueError, match=r"the weight is \(5, 3\)"):
         sparse_linear(x, values, W.T, plan)
+    for weight, bias, message in (
+        (W.long(), None, "weight must be of a floating dtype, not torch.int64"),
+        (W.to("meta"), None, "the weight on meta"),
+        (W, torch.randn(1), r"The bias is \(1,\); 3 outputs"),
+        (W, torch.randn(5), r"The bias is \(5,\); 3 outputs"),
+        (W, torch.ones(3, dtype=torch.int64), "bias must be of a floating dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_linear(x, values, weight, plan, bias)
     with pytest.raises(ValueError, match="needs 5 columns"):
         sparse_linear(torch.tensor(1.0), values, W, plan)
     with pytest.raises(ValueError, match="needs 3 columns"):

@@ -116,6 +116,14 @@ def test_overrides_go_on_top_and_into_the_short_form_of_a_method(tmp_path: Path)
         load_recipe(path, {"adapter.name": "x"})
 
 
+@pytest.mark.parametrize("said", ["on", "off", "auto"])
+def test_a_bare_on_or_off_is_a_word_and_no_truth_value(tmp_path: Path, said: str) -> None:
+    path = written(tmp_path)
+    path.write_text(path.read_text() + f"training: {{kernels: {said}}}\n")
+    assert load_recipe(path).training.kernels == said
+    assert load_recipe(written(tmp_path), {"training.kernels": yaml.safe_load(said)}).training.kernels == said
+
+
 def test_relative_paths_count_from_the_folder_of_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, data={"file": "data.jsonl"}))
     assert recipe.base == f"path:{tmp_path / 'model'}"

@@ -43,6 +43,9 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, DETACH = 2, 4, 0x1000, 0x4000,
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NO_SUID = 442, -100, 0x8000, 1 | 2
 DEATH_SIGNAL, DUMPABLE, DROP_BOUNDING, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 24, 36, 38
 CAPABILITIES_VERSION_3 = 0x20080522
+# The former needs more than a text; at the latter a test's own loops end, as if they had been gone through.
+_NEVER_RAISED = (UnicodeError, StopIteration, StopAsyncIteration)
+GARBLED = "the program wrote something else than answers into its pipe"
 OWN_USERS = 1 << 30  # user ids from here on belong to nobody; root gives each jail one, so that it counts alone
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -188,7 +191,7 @@ class Program:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise Lost("the program wrote something else than answers into its pipe")
+            raise Lost(GARBLED)
         return reply
 
     def call(self, name: str, arguments: tuple[object, ...], named: dict[str, object]) -> object:
@@ -200,7 +203,7 @@ class Program:
         try:
             return decode(reply["value"])
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise Lost("the program wrote something else than answers into its pipe") from None
+            raise Lost(GARBLED) from None
 
     def _ended(self) -> str:
         self._replies.close()
@@ -217,7 +220,7 @@ def raised(reply: dict[str, Any]) -> BaseException:
     """The exception that the program tells of."""
     kind = getattr(builtins, str(reply["raised"]), None)
     text = f"{reply.get('kind')}: {reply.get('text')}"[:REASON]
-    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, _NEVER_RAISED):
         return RuntimeError(text)  # SystemExit and its like must not end the judge
     made = kind(text)
     made.from_program = True  # type: ignore[attr-defined]
@@ -229,7 +232,9 @@ def judge(job: dict[str, Any], program: Program) -> tuple[str, str]:
     try:
         reply = program.ask({"program": job["program"]})
         if "raised" in reply:
-            return ("memory" if reply["raised"] == "MemoryError" else "failed"), f"{reply['kind']}: {reply['text']}"
+            return (
+                "memory" if reply["raised"] == "MemoryError" else "failed"
+            ), f"{reply.get('kind')}: {reply.get('text')}"
         exec(compile(job["tests"], "<tests>", "exec"), _names(reply, program))
     except Lost as lost:
         return "crashed", str(lost)
@@ -252,8 +257,11 @@ def _names(reply: dict[str, Any], program: Program) -> dict[str, object]:
         call.__name__ = call.__qualname__ = name
         return call
 
-    names: dict[str, object] = {name: decode(value) for name, value in reply["values"].items()}
-    names.update({name: calling(name) for name in reply["functions"]})
+    try:
+        names: dict[str, object] = {name: decode(value) for name, value in reply["values"].items()}
+        names.update({name: calling(name) for name in reply["functions"]})
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise Lost(GARBLED) from None
     return {"__name__": "tests"} | {name: value for name, value in names.items() if not hasattr(builtins, name)}
 
 

@@ -129,10 +129,13 @@ def _rows(file: Path, study: Study) -> list[Row]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InvalidInput(f"{file} is not UTF-8 text.", "Save it as 'CSV UTF-8' from the spreadsheet.") from None
-    head = text.partition("\n")[0]
+    head, _, rest = text.partition("\n")
+    told = head.startswith("sep=")  # by some spreadsheets
+    head, text = (head[4:], rest) if told else (head, text)
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=";" if head.count(";") > head.count(",") else ","))
-    names = [name.strip() for name in rows[0]] if rows else []
     wanted = ["id", "prompt", "text", *(criterion.name for criterion in study.design.criteria), "preferred"]
+    known = {name.lower(): name for name in (*wanted, "comment")}
+    names = [known.get(name.strip().lower(), name.strip()) for name in rows[0]] if rows else []
     lost = [name for name in wanted if name not in names]
     if lost:
         raise InvalidInput(
@@ -141,7 +144,7 @@ def _rows(file: Path, study: Study) -> list[Row]:
     padded = [row + [""] * (len(names) - len(row)) for row in rows[1:]]
     return [
         (number, dict(zip(names, (cell.strip() for cell in row), strict=False)))
-        for number, row in enumerate(padded, start=2)
+        for number, row in enumerate(padded, start=2 + told)
         if any(cell.strip() for cell in row)
     ]
 
@@ -181,7 +184,7 @@ class _Packet:
         for shown in self._given.values():
             if shown.id not in found:
                 self.lacking.append(f"{self._file}: item {shown.item}, answer {shown.answer} ('{shown.id}') is missing")
-                self.missing += len(self._criteria) + 1
+                self.missing += len(self._criteria)
         self._preferences(found)
         return found
 
@@ -217,14 +220,15 @@ class _Packet:
 
     def _preferences(self, found: dict[str, Rating]) -> None:
         """Of an item where something is marked, empty cells mean no; where nothing is, the mark is lacking."""
-        marked: dict[int, set[bool | None]] = defaultdict(set)
+        marked: dict[int, set[bool | None]] = {shown.item: set() for shown in self._given.values()}
         for shown in self._given.values():
             if shown.id in found:
                 marked[shown.item].add(found[shown.id].preferred)
         for item, marks in marked.items():
             if True not in marks:
-                self.lacking.append(f"{self._file}: item {item} has no preferred answer (of equal ones mark each)")
                 self.missing += 1
+            if marks and True not in marks:
+                self.lacking.append(f"{self._file}: item {item} has no preferred answer (of equal ones mark each)")
         for shown in self._given.values():
             if shown.id in found:
                 mark = bool(found[shown.id].preferred) if True in marked[shown.item] else None

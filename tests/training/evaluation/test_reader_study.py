@@ -232,13 +232,27 @@ def test_missing_rows_empty_cells_and_absent_readers_are_errors_or_with_partial_
     ]
     assert "--partial" in error.value.remedy
     ratings = collect(study, files, partial=True)
-    assert ratings.missing == {1: 5, 2: 0}, "two scores and a mark of the row, a score of another, an item's mark"
+    assert ratings.missing == {1: 4, 2: 0}, "two scores of the row, one of another, an item's mark"
+    whole = changed(filled(study, 0), 0, preferred="")
+    item = {shown.id for shown in study.packets[0] if shown.item == 1}
+    without = both(study, tmp_path, [row for row in whole if row["id"] not in item])
+    assert collect(study, without, partial=True).missing[1] == 2 * len(item) + 1, "an item has one mark, or none"
     assert gone not in ratings.by_id
     assert ratings.by_id[study.packets[0][1].id].preferred is None, "nothing is known of this item's preference"
     assert ratings.by_id[study.packets[0][3].id].scores["fluency"] is None
     with pytest.raises(InvalidInput, match="not returned: reader 2"):
         collect(study, [saved(tmp_path / "one.csv", filled(study, 0))])
     assert collect(study, [saved(tmp_path / "one.csv", filled(study, 0))], partial=True).absent == (2,)
+
+
+def test_what_spreadsheets_make_of_a_head_is_read_all_the_same(study: Study, tmp_path: Path) -> None:
+    files = both(study, tmp_path)
+    loud = [{name.capitalize(): cell for name, cell in row.items()} for row in filled(study, 0)]
+    marked = saved(tmp_path / "marked.csv", loud, ";", "\ufeffsep=;\r\n")
+    assert collect(study, [marked, files[1]]) == collect(study, files)
+    wrong = changed(filled(study, 0), 3, fluency="99")
+    with pytest.raises(InvalidInput, match=r"marked.csv row 6: fluency is '99'"):
+        collect(study, [saved(marked, wrong, ";", "sep=;\r\n"), files[1]])
 
 
 def test_rows_and_packets_that_come_twice_are_refused(study: Study, tmp_path: Path) -> None:

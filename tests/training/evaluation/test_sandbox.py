@@ -95,6 +95,31 @@ def test_a_program_cannot_replace_what_its_tests_are_written_with(isolation: Iso
     assert judged(program, isolation, "assert isinstance(double(1), int)").status == "failed"
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "for n, wanted in zip([2, 3], map(double, [2, 3])):\n    assert wanted == 2 * n",
+        "for found in map(double, [1, 2]):\n    assert found in (2, 4)",
+        "assert list(map(double, [1, 2])) != [3, 3]",
+    ],
+)
+def test_a_program_cannot_end_the_loops_of_its_tests(tests: str, isolation: Isolation) -> None:
+    assert judged(RIGHT, isolation, tests).passed
+    assert judged("def double(x): raise StopIteration", isolation, tests).status == "failed"
+
+
+@pytest.mark.parametrize("answer", [{"status": "passed"}, {"values": 3, "functions": []}, {"values": {}}])
+def test_what_a_program_writes_in_place_of_its_first_answer_is_no_answer(
+    answer: dict[str, object], isolation: Isolation
+) -> None:
+    program = f"import os\nfor n in range(1, 20):\n    try: os.write(n, {json.dumps(answer).encode()!r} + b'\\n')\n"
+    verdict = judged(program + "    except OSError: 0\nos._exit(0)", isolation)
+    assert (verdict.status, verdict.reason) == (
+        "crashed",
+        "the program wrote something else than answers into its pipe",
+    )
+
+
 def test_a_program_finds_neither_its_tests_nor_the_verdict_in_its_memory(isolation: Isolation) -> None:
     """Everything that its interpreter holds is searched for the secret that is in the tests."""
     program = """
