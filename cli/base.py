@@ -74,6 +74,7 @@ def deprecate(
     """
     from registry import AdapterRegistry
     from registry.attachments import MIGRATION_KIT
+    from registry.lineage import MIGRATED
 
     registry = AdapterRegistry()
     stranded = registry.deprecate_base_model(name, successor)
@@ -81,11 +82,24 @@ def deprecate(
         print_json(stranded)
         return
     kits = registry.attachments_on(name, MIGRATION_KIT)
+    moved = {edge.parent: edge.child for edge in registry.edges_onto(successor, MIGRATED)} if successor else {}
     console.print(f"[bold]{name}[/] is deprecated." + (f" Successor: {successor}." if successor else ""))
     rows = [
-        (v.address, v.method, ", ".join(v.aliases) or "–", "yes" if v.address in kits else "–", ago(v.created_at))
+        (
+            v.address,
+            v.method,
+            ", ".join(v.aliases) or "–",
+            "yes" if v.address in kits else "–",
+            ago(v.created_at),
+            moved.get(v.address, "–"),
+        )
         for v in stranded
     ]
-    show(("stranded version", "method", "~aliases", "kit", "made"), rows, "No adapter was trained on it.")
-    if stranded:
+    columns = ("stranded version", "method", "~aliases", "kit", "made", "~moved already")
+    show(
+        columns if moved else columns[:-1],
+        [row if moved else row[:-1] for row in rows],
+        "No adapter was trained on it.",
+    )
+    if any(v.address not in moved for v in stranded):
         console.print(f"[dim]next: regraft migrate --all --from {name} --to {successor or 'BASE'} --dry-run[/]")

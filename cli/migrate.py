@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def migrate(
     address: Annotated[str | None, typer.Argument(help="NAME@VERSION or NAME@ALIAS; or --all --from BASE.")] = None,
     *,
-    to: Annotated[str, typer.Option("--to", metavar="BASE", help="The new base: a registered name or a reference.")],
+    to: Annotated[str, typer.Option("--to", metavar="BASE", help="The new base: a registered name, or a reference.")],
     inputs: Annotated[
-        int | None, typer.Option(min=1, help="Synthetic inputs. Default: as many as there were rows, at most 250.")
+        int | None, typer.Option(min=1, help="Synthetic inputs. Default: three for each row there was, at most 750.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="Of the new adapter. Default: the old one's.")] = None,
     set_: Annotated[

@@ -1,6 +1,9 @@
 """What a command needs before it can run flows: a Prefect server to report to, and a sign of life while they do."""
 
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 LINE_MARK = "·"
 _SECONDS_TO_FIRST_LINE = 10.0
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_TO_A_LOST_STOP = 0.1
 
 
 def connect_flows() -> "Settings":
@@ -62,6 +66,17 @@ def resumable(
         asked = True
         raise KeyboardInterrupt
 
+    def once_more(lost: "sys.UnraisableHookArgs") -> None:
+        """A stop that came where nothing can be raised, as in the callback that ends an import, comes again."""
+        number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "signal", None)
+        if number is None:
+            unraisable(lost)
+            return
+        timer = threading.Timer(_SECONDS_TO_A_LOST_STOP, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    unraisable, sys.unraisablehook = sys.unraisablehook, once_more
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -74,6 +89,7 @@ def resumable(
             raise
         raise Interrupted(f"{what} was stopped; {kept}.", remedy) from error
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 

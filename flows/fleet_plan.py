@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.migration_plan import MIGRATED, MOST_INPUTS, inputs_to_learn
+from flows.migration_plan import MOST_INPUTS, inputs_to_learn
 from infra.errors import InvalidInput
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
-from registry.lineage import LineageEdgeRecord
+from registry.lineage import MIGRATED, LineageEdgeRecord
 from registry.records import AttachmentRecord, BaseModelRecord, VersionRecord
 from training.methods.catalog import get_method
 from training.migration.options import FleetOptions

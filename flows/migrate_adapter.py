@@ -26,7 +26,7 @@ from torch import nn
 from flows.attached import attached
 from flows.evaluate_adapter import record_result, run_suite
 from flows.gpu import gpu_slot
-from flows.migration_plan import MIGRATED, Plan, generation_of, plan_migration
+from flows.migration_plan import Plan, generation_of, plan_migration
 from flows.mlflow_run import mlflow_run
 from flows.progress import Stage
 from flows.promote_adapter import Promotion, promote_adapter
@@ -37,6 +37,7 @@ from infra.errors import Conflict, InvalidInput
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
+from registry.lineage import MIGRATED
 from registry.records import DatasetRecord, Parent, VersionRecord
 from training.adapter_files import write_adapter
 from training.base_models import LoadedBase
@@ -216,13 +217,15 @@ def _chain(address: str, suites: Sequence[str]) -> list[Link]:
     chain = [address]
     while chain[0] in parents:
         chain.insert(0, parents[chain[0]])
-    return [_link(registry, each, bases[each], suites) for each in chain] if len(chain) > 2 else []
-
-
-def _link(registry: AdapterRegistry, address: str, base: str, suites: Sequence[str]) -> Link:
-    newest_last = reversed(registry.evaluations(address))
-    measured = {e.suite: (e.value, e.low, e.high) for e in newest_last if e.suite in suites}
-    return Link(address=address, base=base, measured=measured)
+    compared = {edge.parent: edge.details["compared"] for edge in graph.edges if edge.relation == MIGRATED}
+    links = []
+    for each in chain:
+        # As the old adapter of the next migration, perhaps under another adapter's name; then by itself.
+        measured = {suite["suite"]: tuple(suite["teacher"]) for suite in compared.get(each, ())}
+        newest_last = reversed(registry.evaluations(each))
+        measured |= {found.suite: (found.value, found.low, found.high) for found in newest_last}
+        links.append(Link(address=each, base=bases[each], measured={s: measured[s] for s in suites if s in measured}))
+    return links if len(chain) > 2 else []
 
 
 def _promoted(plan: Plan, version: VersionRecord) -> Promotion | None:

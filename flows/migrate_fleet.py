@@ -19,7 +19,6 @@ from flows.fleet_board import WAITING, Board, fleet_directory
 from flows.fleet_plan import FleetItem, FleetPlan, plan_fleet
 from flows.fleet_report import fleet_page
 from flows.migrate_adapter import Compared, migrate_adapter
-from flows.migration_plan import MIGRATED
 from flows.progress import Stage, listening
 from flows.promote_adapter import Promotion, promote_adapter
 from flows.ray_cluster import one_worker_each, ray_runner
@@ -28,6 +27,7 @@ from flows.run_states import cancel_if_interrupted
 from infra.errors import Interrupted, RegraftError
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
+from registry.lineage import MIGRATED
 from training.checkpoints import exclusive
 from training.evaluation.suite import Suite
 from training.migration.options import FleetOptions

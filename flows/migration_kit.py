@@ -156,13 +156,18 @@ def buildable(version: VersionRecord, registry: AdapterRegistry, again: bool) ->
 
     Raises:
         Conflict: it has one.
-        InvalidInput: it was imported.
+        InvalidInput: it was imported, or migrated.
     """
     recipe = recipe_of(version)
     if recipe is None:
         raise InvalidInput(
             f"{version.address} was imported; what data it was trained on is not known here.",
             "Build the kit where it was trained.",
+        )
+    if recipe.migrated_from is not None:
+        raise InvalidInput(
+            f"{version.address} learnt what {recipe.migrated_from} answered to synthetic inputs, no data of its own.",
+            f"Build a kit where the data are, regraft kit build {recipe.migrated_from}, and migrate that version.",
         )
     if not again and (kept := registry.attachment(version.address, MIGRATION_KIT)):
         raise Conflict(

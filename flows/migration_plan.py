@@ -29,7 +29,6 @@ from training.objectives.distillation import require_distillable
 from training.options import TrainingOptions
 from training.recipe import Recipe
 
-MIGRATED = "migrated_from"
 MOST_INPUTS = 250  # the paper's N
 PER_ROW = 3  # inputs to learn from for each row that there was; the same on paper's terms would be one
 LONGER = 2  # times the longest of a few seeds, where nobody knows how long the longest of all were

@@ -79,7 +79,8 @@ def find(session: Session, key: str) -> BaseModel:
     hint = f"Did you mean {close[0]}? " if close else ""
     raise NotFound(
         f"There is no base model {key!r}.",
-        f"{hint}See: regraft base list. Add one: regraft base add REFERENCE --name {key}",
+        f"{hint}See: regraft base list. Add "
+        + (f"it: regraft base add {key}" if ":" in key else f"one: regraft base add REFERENCE --name {key}"),
     )
 
 

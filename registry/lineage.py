@@ -11,6 +11,8 @@ from infra.errors import Conflict, InvalidInput
 from registry.models import Adapter, Attachment, BaseModel, LineageEdge, Version, VersionState
 from registry.records import as_json
 
+MIGRATED = "migrated_from"
+
 
 @dataclass(frozen=True, slots=True)
 class LineageNode:

@@ -189,6 +189,8 @@ def test_all_move_that_can_and_a_second_run_tries_only_what_failed(
     assert registry.fsck() == []
     plan = " ".join(clean(run_here("migrate", *TO, "--dry-run")).split())
     assert "0 of 6 move" in plan and "3 are there already" in plan
+    stranded = clean(run_here("base", "deprecate", TO[2], "--successor", TO[4], width=160))
+    assert "moved already" in stranded and all(address in stranded for address in moved)
 
 
 def test_what_a_killed_process_left_undone_is_made_good(first: str, monkeypatch: pytest.MonkeyPatch) -> None:

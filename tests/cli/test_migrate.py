@@ -14,7 +14,7 @@ import pytest
 
 from flows.evaluate_adapter import record_result
 from flows.migration_plan import Plan, plan_migration
-from infra.errors import Interrupted
+from infra.errors import Interrupted, InvalidInput
 from infra.settings import get_settings
 from registry import AdapterRegistry
 from registry.attachments import MIGRATION_KIT
@@ -135,6 +135,10 @@ def test_three_inputs_a_row_are_learnt_and_passed_over_often_enough(source: str)
         100 * 3 * rows / batch
     )
     assert planned({"training.epochs": 2}).student.training.epochs == 2
+    with pytest.raises(InvalidInput, match=r"training\.steps and passes both say"):
+        planned({"training.steps": 7, "passes": 3})
+    with pytest.raises(InvalidInput, match="surplus"):
+        planned({"surplus": float("inf")})
     paper = planned({"preset": "paper"})
     assert (paper.inputs, paper.written, paper.least, paper.student.training.steps) == (rows, rows, rows, steps)
 
@@ -192,6 +196,8 @@ def test_the_kit_travels_with_it_and_the_chain_goes_on(migrated: dict[str, Any],
     measured = [link["measured"][suite["suite"]][0] for link in back["chain"]]
     assert measured == [suite["teacher"][0], suite["student"][0], again["student"][0]]
     assert registry.get(back["address"]).method == "dora"
+    refused = run_here("kit", "build", migrated["address"], "--again")
+    assert refused.code == 2 and f"regraft kit build {source}" in refused.err
     told = clean(run_here("lineage", back["address"]))
     assert source in told and migrated["address"] in told
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -69,3 +70,15 @@ def test_what_fails_by_itself_stays_what_it_is() -> None:
         raise RuntimeError("disk")
     with pytest.raises(InvalidInput, match="budget"), session.resumable("The study"):
         raise InvalidInput("That is no budget.", "Give a number.")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_comes_where_nothing_can_be_raised_is_not_lost(number: signal.Signals) -> None:
+    class Leaving:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(Interrupted, match="The study was stopped"), session.resumable("The study"):
+        Leaving()
+        time.sleep(30)

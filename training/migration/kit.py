@@ -99,7 +99,7 @@ def build_kit(
         on_progress: told (stage, done, total).
 
     Raises:
-        InvalidInput: no examples, or too few for a discriminator; no such redaction.
+        InvalidInput: no examples, or too few for a discriminator; no such redaction, or one that leaves no seeds.
         RegraftError: the source base writes too few inputs to train a discriminator.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
@@ -110,6 +110,13 @@ def build_kit(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [examples[place] for place in order]
     chosen = spread(shuffled, options.seeds) if options.choice == "spread" else shuffled[: options.seeds]
+    seeds = tuple(Seed(prompt=redacted(each.prompt), completion=redacted(each.completion)) for each in chosen)
+    left = {seed.prompt.strip() for seed in seeds}
+    if options.redact is not None and ("" in left or len(left) < min(len(seeds), 2)):
+        raise InvalidInput(
+            f"redact: '{options.redact}' leaves a seed without a prompt, or all with the same.",
+            "Seeds show what inputs are like: have it replace names and numbers, not everything.",
+        )
     kit = Kit(
         task=task,
         instruction=instruction,
@@ -117,7 +124,7 @@ def build_kit(
         longest=max(len(example.prompt) for example in examples),
         lengths=deciles([len(example.prompt) for example in examples]),
         longest_answer=max(len(example.completion) for example in examples),
-        seeds=tuple(Seed(prompt=redacted(each.prompt), completion=redacted(each.completion)) for each in chosen),
+        seeds=seeds,
         base_reference=base.reference,
         base_identity=base.identity.sha256,
     )
@@ -186,12 +193,28 @@ def redaction(hook: str | None) -> Callable[[str], str]:
         return str
     module, _, name = hook.partition(":")
     try:
-        found: Callable[[str], str] = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # whatever the module does as it is imported
         raise InvalidInput(f"redact: '{hook}' cannot be found ({error}).", "Write MODULE:FUNCTION.") from None
     if not callable(found):
         raise InvalidInput(f"redact: '{hook}' is no function.", "Write MODULE:FUNCTION.")
-    return found
+
+    def redacted(text: str) -> str:
+        what = None
+        try:
+            made = found(text)
+        except Exception as error:
+            what = f"raises {type(error).__name__}"  # no more of it: it may tell the text
+        else:
+            if isinstance(made, str):
+                return made
+            what = f"returns {type(made).__name__}"
+        raise InvalidInput(
+            f"redact: '{hook}' {what} for a seed.",
+            "It is called with each seed's prompt and completion, and returns the text that may be kept.",
+        )
+
+    return redacted
 
 
 def _discriminator(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from infra.documents import Section, parse
+from infra.errors import InvalidInput
 from training.options import MethodChoice, TrainingOptions
 
 
@@ -14,7 +15,7 @@ class SynthesisOptions(Section):
 
     items: int = Field(6, ge=1, description="How many inputs a list asks for beside the seeds.")
     rows: int = Field(64, ge=1, description="Most lists written at a time; fewer where less is lacking.")
-    temperature: float = Field(1.0, gt=0, description="Of the sampling.")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of the sampling.")
     top_p: float = Field(0.95, gt=0, le=1, description="Probability of the nucleus that is sampled from.")
     most_tries: int = Field(
         20, ge=1, description="Written inputs for each that is learnt from, after which to give up."
@@ -51,7 +52,9 @@ class DistillationOptions(Section):
     of: Literal["text", "logits"] = Field(
         "text", description="Its answers; or, where both bases share a vocabulary, its logits beside them."
     )
-    temperature: float = Field(2.0, gt=0, description="τ, that both models' logits are divided by.")
+    temperature: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="τ, that both models' logits are divided by."
+    )
     weight: float = Field(0.5, ge=0, le=1, description="Of the logits' part of the loss; the rest is the answers'.")
     top_k: int = Field(64, ge=1, description="The old adapter's most probable tokens at each position, that are kept.")
 
@@ -78,12 +81,14 @@ class MigrationOptions(Section):
     surplus: float = Field(
         1.0,
         ge=1,
+        allow_inf_nan=False,
         description="Inputs written for each that is learnt. Above 1, those are drawn that together look like the real "
         "ones, where there is anything to choose by.",
     )
     passes: float = Field(
         2.5,
         ge=0,
+        allow_inf_nan=False,
         description="Over the inputs, at least: where the old adapter's steps are fewer, more are taken. Not where "
         "training.steps or training.epochs are said, nor of preset paper.",
     )
@@ -143,7 +148,9 @@ def options_from(
         if isinstance(inner, dict):
             inner[option] = value
     steps = content.get("training", {})
-    if isinstance(steps, dict) and {"training.steps", "training.epochs"} & changes.keys():
+    if isinstance(steps, dict) and (said := {"training.steps", "training.epochs"} & changes.keys()):
+        if "passes" in changes:
+            raise InvalidInput(f"--set: {min(said)} and passes both say how long to train.", "Give one of them.")
         steps.pop("epochs" if "training.steps" in changes else "steps", None)  # one of them, the one that was said
-        content.setdefault("passes", 0)
+        content["passes"] = 0
     return parse(MigrationOptions, content, "--set")

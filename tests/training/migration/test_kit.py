@@ -2,6 +2,7 @@
 
 import json
 import random
+import traceback
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,42 @@ def test_seeds_go_through_the_redaction(tmp_path: Path, base: LoadedBase) -> Non
     for hook in ("nowhere:f", "json:nothing", "json", "json:__name__"):
         with pytest.raises(InvalidInput, match="MODULE:FUNCTION"):
             redaction(hook)
+
+
+@pytest.mark.parametrize(
+    ("hook", "told"),
+    [
+        ("telling", "raises ValueError for a seed"),
+        ("counted", "returns int for a seed"),
+        ("emptied", "a seed without a prompt"),
+        ("levelled", "or all with the same"),
+    ],
+)
+def test_a_redaction_that_goes_wrong_is_named_and_tells_no_row(
+    hook: str, told: str, tmp_path: Path, base: LoadedBase
+) -> None:
+    with pytest.raises(InvalidInput) as error:
+        build(tmp_path / "kit", base, KitOptions(filtered=False, redact=f"tests.training.migration.test_kit:{hook}"))
+    assert hook in error.value.what and told in error.value.what
+    shown = "".join(traceback.format_exception(error.value))
+    assert not any(example.prompt in shown for example in EXAMPLES)
+    assert not (tmp_path / "kit").exists()
+
+
+def telling(text: str) -> str:
+    raise ValueError(f"not with {text}")
+
+
+def counted(text: str) -> int:
+    return len(text)
+
+
+def emptied(text: str) -> str:
+    return " "
+
+
+def levelled(text: str) -> str:
+    return "X"
 
 
 def starred(text: str) -> str:
