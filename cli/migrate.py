@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def migrate(
     address: Annotated[str | None, typer.Argument(help="NAME@VERSION or NAME@ALIAS; or --all --from BASE.")] = None,
     *,
-    to: Annotated[str, typer.Option("--to", metavar="BASE", help="The new base: a registered name, or a reference.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="BASE", help="The new base: a registered name or, of one version, a reference."),
+    ],
     inputs: Annotated[
         int | None, typer.Option(min=1, help="Synthetic inputs. Default: three for each row there was, at most 750.")
     ] = None,

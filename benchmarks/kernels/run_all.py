@@ -296,7 +296,6 @@ def main() -> int:
         run = Run(device, Path(logs), options.out, time.monotonic() + 60 * options.minutes)
         all_kernels(kernels, options.sweep, run)
         untried = "no tests", NO_PYTEST
-        untried = "no tests", NO_PYTEST
         kernels = [kernel for kernel in kernels if kernel.tests not in untried or kernel.benchmark != "none"]
         summary = "\n\n".join(filter(None, [missed(kernels), table(kernels)]))
         run.keep(summary)

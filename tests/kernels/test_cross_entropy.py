@@ -1,12 +1,15 @@
 """The cross-entropy kernel against float64 arithmetic, under Triton's interpreter and natively on CUDA."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import cross_entropy as module
 from kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from kernels.dispatch import runs_on_triton, triton_is_there
+from kernels.dispatch import interpreted, runs_on_triton, triton_is_there
+from tests.kernels.compiled import AMPERE, HOPPER, assembly
 from tests.kernels.own_process import printed
 
 GRADIENT_TOLERANCE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 6e-4}
@@ -64,3 +67,12 @@ def test_on_cpu_without_the_interpreter_the_reference_computes() -> None:
 def test_what_does_not_fit_is_refused(logits: torch.Tensor, targets: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cross_entropy(logits, targets)
+
+
+@pytest.mark.skipif(not triton_is_there() or interpreted(), reason="Triton is not there, or interprets its kernels")
+@pytest.mark.parametrize("architecture", [AMPERE, HOPPER])
+def test_the_kernels_compile_and_read_sixteen_bytes_at_a_time(architecture: int, tmp_path: Path) -> None:
+    types = {"x": "*bf16", "t": "*i64", "loss": "*fp32", "lse": "*fp32", "upstream": "*fp32"}
+    for kernel in (module._forward, module._backward):
+        assert "ld.global.v4.b32" in assembly(kernel, types, architecture, tmp_path, BLOCK=8192)
+        assert assembly(kernel, types, architecture, tmp_path, BLOCK=1, V=1, stride=1)
