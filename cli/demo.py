@@ -27,7 +27,7 @@ _NEEDED_POINTS = 15.0
 
 def demo(
     migrate: Annotated[
-        bool, typer.Option("--migrate", help="Instead: move an adapter to Gemma without its data (19 minutes).")
+        bool, typer.Option("--migrate", help="Instead: move an adapter to Gemma without its data (16 minutes).")
     ] = False,
 ) -> None:
     """Train, judge, register, promote and use one real adapter (SmolLM2-135M, CPU, under 8 minutes on 2 cores).
