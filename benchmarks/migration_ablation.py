@@ -393,7 +393,7 @@ def report(found: Found) -> None:
         ("a migrated adapter is as good as the old one", to_beat - 2, "teacher or bare, less 2 points"),
         ("inputs like the real ones teach more than others", overall[RANDOM_TEXT] + 5, "random text, and 5 points"),
         ("they teach more than the seeds alone", overall[SEEDS_ONLY] + 5, "seeds only, and 5 points"),
-        ("chosen inputs teach more than filtered ones", overall[PAPER], "the paper's recipe"),
+        ("they teach more than filtered ones", overall[PAPER], "the paper's recipe"),
     )
     write(
         "migration_ablation",
