@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels.run_all import Kernel, Run, missed, names, table, verdict
+from benchmarks.kernels import run_all
+from benchmarks.kernels.run_all import Kernel, Run, judge, main, missed, names, table, verdict
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    (tmp_path / "logs").mkdir()
+    for folder in ("logs", "out"):
+        (tmp_path / folder).mkdir()
     return Run("cpu", tmp_path / "logs", tmp_path / "out", time.monotonic() + 60)
 
 
@@ -85,6 +87,30 @@ def test_the_table_counts_goals_and_tells_the_nearest_to_a_ceiling() -> None:
 def test_every_benchmark_is_found_and_an_unknown_name_is_refused() -> None:
     assert {"codebook", "cross_entropy", "ternary"} <= set(names(()))
     assert not {"measuring", "one", "packed", "picture", "run_all"} & set(names(()))
-    assert names(["ternary", "codebook"]) == ["ternary", "codebook"]
+    assert names(["ternary", "codebook", "ternary"]) == ["ternary", "codebook"]
     with pytest.raises(SystemExit, match="There is no terniary"):
         names(["terniary"])
+
+
+def test_without_pytest_the_benchmarks_alone_judge(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_all, "find_spec", lambda name: None)
+    kernel = Kernel("ternary")
+    judge([kernel], run)
+    assert (kernel.tests, kernel.failed) == ("no pytest: by the benchmark alone", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--minutes", "nan"], "invalid minutes value"),
+        (["--minutes", "-5"], "invalid minutes value"),
+        (["--out", "/dev/null/out"], "cannot be a folder"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(
+    options: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run_all", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert told in capsys.readouterr().err

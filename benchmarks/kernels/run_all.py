@@ -70,7 +70,7 @@ class Run:
     Args:
         device: its name, or "cpu".
         logs: the folder of what processes print.
-        out: where results, pictures and logs are copied, too.
+        out: a folder, which results, pictures and logs are copied to.
         deadline: on `time.monotonic`.
     """
 
