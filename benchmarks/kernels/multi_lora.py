@@ -44,6 +44,7 @@ TOGETHER = {
 PROMPT_RANKS, PROMPT_TOKENS = (8, 16, 32, 64), 8192
 CPU_HIDDEN, CPU_RANKS = 2048, (4, 8, 16, 32, 64)
 CPU_ADAPTERS, CPU_ROWS = 32, 64
+TURN = 20  # calls of the same in a row
 
 Work = Callable[[], object]
 Shapes = Mapping[str, tuple[int, int]]
@@ -295,13 +296,19 @@ def sweep(ceilings: Ceilings) -> None:
 
 
 def interleaved(works: Mapping[str, Work], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each, in turn: on the clock, and of the processor (all threads)."""
+    """Median seconds of a call of each, in turns of `TURN` calls: on the clock, and of the processor (all threads).
+
+    Single calls would be measured beside threads that the call before has left spinning, and are shorter than the
+    kernel takes to count what other threads have used.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
-            began, busy = time.perf_counter(), time.process_time()
             work()
-            found[name].append((time.perf_counter() - began, time.process_time() - busy))
+            began, busy = time.perf_counter(), time.process_time()
+            for _ in range(TURN):
+                work()
+            found[name].append(((time.perf_counter() - began) / TURN, (time.process_time() - busy) / TURN))
     return {
         name: (statistics.median(clock), statistics.median(processor))
         for name, seconds in found.items()
