@@ -217,15 +217,20 @@ def _chain(address: str, suites: Sequence[str]) -> list[Link]:
     chain = [address]
     while chain[0] in parents:
         chain.insert(0, parents[chain[0]])
-    compared = {edge.parent: edge.details["compared"] for edge in graph.edges if edge.relation == MIGRATED}
-    links = []
-    for each in chain:
-        # As the old adapter of the next migration, perhaps under another adapter's name; then by itself.
-        measured = {suite["suite"]: tuple(suite["teacher"]) for suite in compared.get(each, ())}
-        newest_last = reversed(registry.evaluations(each))
-        measured |= {found.suite: (found.value, found.low, found.high) for found in newest_last}
-        links.append(Link(address=each, base=bases[each], measured={s: measured[s] for s in suites if s in measured}))
-    return links if len(chain) > 2 else []
+    return [_link(registry, each, bases[each], suites, chain) for each in chain] if len(chain) > 2 else []
+
+
+def _link(registry: AdapterRegistry, address: str, base: str, suites: Sequence[str], chain: Sequence[str]) -> Link:
+    """Of a recipe's own test file each adapter of a chain has its results under its own name."""
+    newest_last = reversed(registry.evaluations(address))
+    known = {found.suite: (found.value, found.low, found.high) for found in newest_last}
+    own, names = address.partition("@")[0], {each.partition("@")[0] for each in chain}
+    measured = {}
+    for suite in suites:
+        name, _, split = suite.partition("/")
+        if found := known.get(suite) or (known.get(f"{own}/{split}") if name in names else None):
+            measured[suite] = found
+    return Link(address=address, base=base, measured=measured)
 
 
 def _promoted(plan: Plan, version: VersionRecord) -> Promotion | None:
