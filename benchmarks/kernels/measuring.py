@@ -57,18 +57,26 @@ def wall_seconds(work: Work, repeats: int) -> float:
     return _median(work, repeats, time.perf_counter)
 
 
-def interleaved_seconds(works: Mapping[str, Work], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each on the clock, and of the processor (all threads): in turn, after one run of each.
+def interleaved_seconds(works: Mapping[str, Work], repeats: int, calls: int = 1) -> dict[str, tuple[float, float]]:
+    """Median seconds of a call of each on the clock, and of the processor (all threads): in turn, after one of each.
 
     What else the machine does then slows all of them down alike.
+
+    Args:
+        works: what is measured.
+        repeats: turns of each.
+        calls: in a turn. A call of a millisecond is shorter than the kernel takes to count what other threads have
+            used, and runs beside threads that another work has left spinning.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             began = time.perf_counter(), time.process_time()
-            work()
+            for _ in range(calls):
+                work()
+            took = time.perf_counter() - began[0], time.process_time() - began[1]
             if repeat:
-                found[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+                found[name].append((took[0] / calls, took[1] / calls))
     return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
 
 

@@ -10,8 +10,6 @@ how fast other tilings are.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernels.measuring import Ceilings, event_seconds, graph_seconds, require_equal
+from benchmarks.kernels.measuring import Ceilings, event_seconds, graph_seconds, interleaved_seconds, require_equal
 from benchmarks.kernels.one import measure
 from benchmarks.results_file import Row
 from kernels.batch_plan import FEW, MANY, BatchPlan, Expanding, Shrinking, Tiling, plan_batch
@@ -295,27 +293,6 @@ def sweep(ceilings: Ceilings) -> None:
         print(f"prompts  {1e6 * found['ours']:7.2f} µs {share:6.3f}  {tiling}")
 
 
-def interleaved(works: Mapping[str, Work], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of a call of each, in turns of `TURN` calls: on the clock, and of the processor (all threads).
-
-    Single calls would be measured beside threads that the call before has left spinning, and are shorter than the
-    kernel takes to count what other threads have used.
-    """
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            work()
-            began, busy = time.perf_counter(), time.process_time()
-            for _ in range(TURN):
-                work()
-            found[name].append(((time.perf_counter() - began) / TURN, (time.process_time() - busy) / TURN))
-    return {
-        name: (statistics.median(clock), statistics.median(processor))
-        for name, seconds in found.items()
-        for clock, processor in [zip(*seconds[1:], strict=True)]
-    }
-
-
 def on_cpu() -> list[Row]:
     torch.set_num_threads(2)
     generator = np.random.default_rng(0)
@@ -349,7 +326,7 @@ def on_cpu() -> list[Row]:
             y.zero_()
             work()
             require_equal(y, expected, name, 1e-4)
-        found = interleaved({"ours": ours, name: peer}, 4 * REPEATS)
+        found = interleaved_seconds({"ours": ours, name: peer}, 4 * REPEATS, TURN)
         for what, own, other in zip(("on the clock", "of the processor"), found["ours"], found[name], strict=True):
             rows.append(Row(f"{claim}, {what}", 1e6 * own, 1e6 * other, name, "µs", goal, "lower"))
     return rows

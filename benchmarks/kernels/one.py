@@ -24,6 +24,11 @@ FOLDER = Path(__file__).parent
 REPEATS = 9
 
 
+def benchmarks() -> list[str]:
+    """The names of all."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef on_gpu(" in path.read_text(encoding="utf-8"))
+
+
 def measure(name: str, ceilings: Ceilings | None = None, sweep: bool = False) -> None:
     """Write and draw what the benchmark `name` finds.
 
@@ -32,9 +37,8 @@ def measure(name: str, ceilings: Ceilings | None = None, sweep: bool = False) ->
         ceilings: of the GPU; measured, where they are not given.
         sweep: whether to call the benchmark's `sweep`, too, if it has one and there is a GPU.
     """
-    found = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef on_gpu(" in path.read_text(encoding="utf-8"))
-    if name not in found:
-        raise SystemExit(f"There is no benchmark {name}; there are {', '.join(found)}.")
+    if name not in benchmarks():
+        raise SystemExit(f"There is no benchmark {name}; there are {', '.join(benchmarks())}.")
     module = import_module(f"benchmarks.kernels.{name}")
     details: dict[str, Any] = {"load": os.getloadavg()[0], **getattr(module, "DETAILS", {})}
     if not torch.cuda.is_available():

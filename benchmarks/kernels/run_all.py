@@ -31,6 +31,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks.kernels.one import benchmarks
 from benchmarks.kernels.picture import IMAGES, is_share
 from benchmarks.results_file import path_of
 
@@ -127,8 +128,7 @@ def names(only: Sequence[str]) -> list[str]:
         SystemExit: `only` names what there is not.
     """
     tested = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
-    measured = {path.stem for path in BENCHMARKS.glob("*.py") if "\ndef on_gpu(" in path.read_text(encoding="utf-8")}
-    found = sorted(tested | measured)
+    found = sorted(tested.union(benchmarks()))
     if unknown := sorted(set(only) - set(found)):
         raise SystemExit(f"There is no {', '.join(unknown)}; there are {', '.join(found)}.")
     return list(dict.fromkeys(only)) or found

@@ -200,7 +200,6 @@ def redaction(hook: str | None) -> Callable[[str], str]:
         raise InvalidInput(f"redact: '{hook}' is no function.", "Write MODULE:FUNCTION.")
 
     def redacted(text: str) -> str:
-        what = None
         try:
             made = found(text)
         except Exception as error:
